@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: MIT
+// What a kernel is called with. Shapes are those of the problem; every tensor's last dim is contiguous.
+#pragma once
+
+#include <cstdint>
+
+#include "natten/problem.hpp"
+
+namespace natten {
+
+// [batch, axis 0, axis 1, axis 2, heads, head_dim]; strides in elements. Additional keys and values and their
+// gradients are [batch, token, heads_kv, head_dim], with the token as axis 2.
+struct TensorRef {
+  void* data = nullptr;
+  std::int64_t stride_batch = 0;
+  std::int64_t stride_axis[kMaxRank] = {0, 0, 0};
+  std::int64_t stride_head = 0;
+
+  explicit operator bool() const { return data != nullptr; }
+
+  std::int64_t offset(std::int64_t batch, int head, int x0, int x1, int x2) const {
+    return batch * stride_batch + head * stride_head + x0 * stride_axis[0] + x1 * stride_axis[1] + x2 * stride_axis[2];
+  }
+};
+
+// LSE and its gradient have no head_dim: [batch, axis 0, axis 1, axis 2, heads], natural logarithm, float32 (float64 for
+// float64 problems). The bias table is [heads, 2*K0-1, 2*K1-1, 2*K2-1], contiguous, of the same type as LSE.
+struct ForwardArguments {
+  Problem problem;
+  TensorRef query, key, value;
+  TensorRef additional_keys, additional_values;  // null if problem.additional_keys == 0
+  void const* rpb = nullptr;                     // null unless problem.has_rpb
+  TensorRef output, lse;
+  int num_threads = 1;
+};
+
+struct BackwardArguments {
+  Problem problem;
+  TensorRef query, key, value;
+  TensorRef additional_keys, additional_values;
+  void const* rpb = nullptr;
+  TensorRef output, lse;
+  TensorRef d_output;
+  TensorRef d_lse;  // null: no gradient arrives through LSE
+  TensorRef d_query, d_key, d_value;
+  TensorRef d_additional_keys, d_additional_values;
+  void* d_rpb = nullptr;  // same shape and type as rpb; null unless problem.has_rpb
+  int num_threads = 1;
+};
+
+}  // namespace natten

@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: MIT
+// One attention problem, as plain numbers: what dispatch looks at, and the part of a kernel's arguments that is not
+// a pointer.
+#pragma once
+
+#include "natten/window.hpp"
+
+namespace natten {
+
+enum class DType : int { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
+
+constexpr int kMaxRank = 3;
+
+struct Problem {
+  DType dtype = DType::kFloat32;
+  int rank = 1;          // of the grid, as the user sees it
+  Axis axes[kMaxRank];   // outermost first; a grid of lower rank has leading axes of extent 1
+  std::int64_t batch = 1;
+  int heads = 1;         // of the query
+  int heads_kv = 1;      // divides heads: query head h reads key head h / (heads / heads_kv)
+  int head_dim = 1;      // of query and key
+  int head_dim_value = 1;
+  int additional_keys = 0;  // dense keys behind the window, attended by every query
+  bool has_rpb = false;
+  double scale = 1.0;
+
+  int group_size() const { return heads / heads_kv; }
+};
+
+}  // namespace natten

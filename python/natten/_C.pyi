@@ -1,0 +1,113 @@
+"""The compiled core. Knows no torch: tensors arrive as addresses and strides."""
+
+from collections.abc import Sequence
+
+# An axis as 11 integers, in the order of `AXIS_FIELDS`: extent, kernel_size, stride, dilation, is_causal, boundary,
+# offset, query_origin, query_extent, key_origin, key_extent (see natten::Axis in include/natten/window.hpp).
+AxisInts = Sequence[int]
+# Address, batch stride, axis strides (one per axis of the problem's rank; for additional tokens one), head stride.
+# Strides in elements. Address 0 means "not there".
+Tensor = tuple[int, int, tuple[int, ...], int]
+
+AXIS_FIELDS: tuple[str, ...]
+BOUNDARIES: tuple[str, ...]
+DTYPES: tuple[str, ...]  # torch names: "float64", "float32", "bfloat16", "float16"
+
+class Kernel:
+    """One row of the kernel table, with what this machine says about it."""
+
+    name: str
+    op: str  # "forward" or "backward"
+    backend: str  # "fna" or "naive"
+    isa: str
+    dtypes: tuple[str, ...]
+    max_head_dim: int
+
+class Problem:
+    """natten::Problem. Raises ValueError where a window leaves the key box."""
+
+    def __init__(
+        self,
+        dtype: str,
+        axes: Sequence[int],  # rank * 11 integers
+        batch: int,
+        heads: int,
+        heads_kv: int,
+        head_dim: int,
+        head_dim_value: int,
+        additional_keys: int,
+        has_rpb: bool,
+        scale: float,
+    ) -> None: ...
+
+def kernels() -> list[Kernel]:
+    """Every row of the table that was compiled in, in order of preference."""
+
+def candidates(
+    problem: Problem, op: str, backend: str, isa: str
+) -> list[tuple[Kernel, list[str]]]:
+    """Rows of `op` in order of preference, each with the reasons why it cannot run (empty: it can).
+
+    backend "auto" considers all; isa "" means the best this CPU has.
+    """
+
+def forward(
+    problem: Problem,
+    kernel: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor,
+    additional_values: Tensor,
+    rpb: int,
+    output: Tensor,
+    lse: Tensor,
+    num_threads: int,
+) -> None: ...
+def backward(
+    problem: Problem,
+    kernel: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor,
+    additional_values: Tensor,
+    rpb: int,
+    output: Tensor,
+    lse: Tensor,
+    d_output: Tensor,
+    d_lse: Tensor,
+    d_query: Tensor,
+    d_key: Tensor,
+    d_value: Tensor,
+    d_additional_keys: Tensor,
+    d_additional_values: Tensor,
+    d_rpb: int,
+    num_threads: int,
+) -> None: ...
+def windows(axis: AxisInts) -> list[tuple[int, int, int, int]]:
+    """For every token of the query tensor: (dilation group, begin, end, size before clipping), in group positions."""
+
+def inverse_windows(axis: AxisInts) -> list[tuple[int, int, int]]:
+    """For every token of the key tensor: (dilation group, begin, end) of the queries attending to it."""
+
+def valid_queries(axis: AxisInts) -> tuple[int, int]:
+    """Tokens of the grid, [begin, end), that are queries ("valid" drops those without a whole window)."""
+
+def attended_pairs(axis: AxisInts) -> int:
+    """Sum over the queries of their window's size."""
+
+def tile_boxes(axis: AxisInts, tile: int) -> list[tuple[int, int, int, int, int, int, int]]:
+    """For every query tile: (group, first query, end query, first key, end key, first interior key, end interior)."""
+
+def visited_tiles(axis: AxisInts, query_tile: int, key_tile: int) -> int:
+    """Key tiles that query tiles of this size visit, key tiles starting at the corner of each query tile's box."""
+
+def cpu_isas() -> list[str]:
+    """ISAs compiled in that this CPU can run, best first."""
+
+def num_parallel_threads(num_threads: int) -> int:
+    """How many threads a parallel region asked for num_threads really runs on (for tests)."""
+
+def after_fork_in_child() -> None:
+    """The OpenMP pool did not survive the fork: later regions use threads of their own."""
