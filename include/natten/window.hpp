@@ -83,6 +83,11 @@ struct Group {
   // The keys in the tensor that query p attends to.
   NATTEN_INLINE constexpr Interval window(int p) const { return grid_window(p).clipped_to(keys); }
 
+  // How many keys of this axis the softmax of query p counts: for "zeros", the missing ones too.
+  NATTEN_INLINE constexpr int counted(int p) const {
+    return boundary == Boundary::kZeros ? unclipped(p).size() : window(p).size();
+  }
+
   // The first query in the tensor whose window has `end` beyond j (`begin` beyond j): binary search, as both ends
   // are monotone.
   NATTEN_INLINE constexpr int first_ending_after(int j) const {

@@ -1,0 +1,217 @@
+// SPDX-License-Identifier: MIT
+// The Python module natten._C, as python/natten/_C.pyi describes it. Tensors arrive as addresses and strides.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <atomic>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cpu/fork.hpp"
+#include "dispatch/dispatch.hpp"
+#include "dispatch/names.hpp"
+#include "natten/cpu/parallel.hpp"
+#include "register_window.hpp"
+
+namespace py = pybind11;
+
+namespace pybind11::detail {
+
+// (address, batch stride, axis strides, head stride), innermost axis last. By hand: a call brings up to 15 of them, and
+// nested generic casters would take longer than a small kernel.
+template <>
+struct type_caster<natten::TensorRef> {
+  PYBIND11_TYPE_CASTER(natten::TensorRef, const_name("tuple[int, int, tuple[int, ...], int]"));
+
+  bool load(handle source, bool) {
+    if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) != 4) return false;
+    PyObject* const strides = PyTuple_GET_ITEM(source.ptr(), 2);
+    if (!PyTuple_Check(strides)) return false;
+    auto const rank = PyTuple_GET_SIZE(strides);
+    if (rank < 1 || rank > natten::kMaxRank) return false;
+    value.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(source.ptr(), 0));
+    value.stride_batch = PyLong_AsLongLong(PyTuple_GET_ITEM(source.ptr(), 1));
+    value.stride_head = PyLong_AsLongLong(PyTuple_GET_ITEM(source.ptr(), 3));
+    for (int i = 0; i < rank; ++i) {
+      value.stride_axis[natten::kMaxRank - rank + i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides, i));
+    }
+    if (PyErr_Occurred()) throw error_already_set();
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail
+
+namespace natten {
+
+namespace {
+
+template <std::size_t N>
+int index_of(std::array<char const*, N> const& names, std::string const& name, char const* what) {
+  std::string list;
+  for (std::size_t i = 0; i < N; ++i) {
+    if (name == names[i]) return static_cast<int>(i);
+    list += (i ? ", " : "") + std::string(names[i]);
+  }
+  throw std::invalid_argument(std::string(what) + " = '" + name + "' must be one of " + list);
+}
+
+Op op_of(std::string const& name) { return static_cast<Op>(index_of(kOpNames, name, "op")); }
+
+Problem make_problem(std::string const& dtype, std::vector<int> const& axes, std::int64_t batch, int heads,
+                     int heads_kv, int head_dim, int head_dim_value, int additional_keys, bool has_rpb,
+                     double scale) {
+  int const rank = static_cast<int>(axes.size()) / kAxisFields;
+  if (rank < 1 || rank > kMaxRank || rank * kAxisFields != static_cast<int>(axes.size())) {
+    throw std::invalid_argument("axes must hold " + std::to_string(kAxisFields) + " integers for each of 1 to " +
+                                std::to_string(kMaxRank) + " axes, not " + std::to_string(axes.size()));
+  }
+  Problem problem;
+  problem.dtype = static_cast<DType>(index_of(kDTypeNames, dtype, "dtype"));
+  problem.rank = rank;
+  for (int i = 0; i < rank; ++i) problem.axes[kMaxRank - rank + i] = make_axis(axes.data() + i * kAxisFields);
+  problem.batch = batch;
+  problem.heads = heads;
+  problem.heads_kv = heads_kv;
+  problem.head_dim = head_dim;
+  problem.head_dim_value = head_dim_value;
+  problem.additional_keys = additional_keys;
+  problem.has_rpb = has_rpb;
+  problem.scale = scale;
+  check(problem);
+  return problem;
+}
+
+void check_present(Problem const& problem, bool additional_tokens, bool rpb) {
+  if (additional_tokens != (problem.additional_keys > 0)) {
+    throw std::invalid_argument("additional tokens must be given if and only if the problem has some");
+  }
+  if (rpb != problem.has_rpb) throw std::invalid_argument("rpb must be given if and only if the problem has one");
+}
+
+void forward(Problem const& problem, std::string const& kernel, TensorRef const& query, TensorRef const& key,
+             TensorRef const& value, TensorRef const& additional_keys, TensorRef const& additional_values,
+             std::uintptr_t rpb, TensorRef const& output, TensorRef const& lse, int num_threads) {
+  auto const run = find_kernel(kernel, Op::kForward, problem).forward;
+  check_present(problem, additional_keys && additional_values, rpb != 0);
+  ForwardArguments a;
+  a.problem = problem;
+  a.query = query;
+  a.key = key;
+  a.value = value;
+  a.additional_keys = additional_keys;
+  a.additional_values = additional_values;
+  a.rpb = reinterpret_cast<void const*>(rpb);
+  a.output = output;
+  a.lse = lse;
+  a.num_threads = num_threads;
+  py::gil_scoped_release const released;
+  run(a);
+}
+
+void backward(Problem const& problem, std::string const& kernel, TensorRef const& query, TensorRef const& key,
+              TensorRef const& value, TensorRef const& additional_keys, TensorRef const& additional_values,
+              std::uintptr_t rpb, TensorRef const& output, TensorRef const& lse, TensorRef const& d_output,
+              TensorRef const& d_lse, TensorRef const& d_query, TensorRef const& d_key, TensorRef const& d_value,
+              TensorRef const& d_additional_keys, TensorRef const& d_additional_values, std::uintptr_t d_rpb,
+              int num_threads) {
+  auto const run = find_kernel(kernel, Op::kBackward, problem).backward;
+  check_present(problem, additional_keys && additional_values, rpb != 0);
+  check_present(problem, d_additional_keys && d_additional_values, d_rpb != 0);
+  BackwardArguments a;
+  a.problem = problem;
+  a.query = query;
+  a.key = key;
+  a.value = value;
+  a.additional_keys = additional_keys;
+  a.additional_values = additional_values;
+  a.rpb = reinterpret_cast<void const*>(rpb);
+  a.output = output;
+  a.lse = lse;
+  a.d_output = d_output;
+  a.d_lse = d_lse;
+  a.d_query = d_query;
+  a.d_key = d_key;
+  a.d_value = d_value;
+  a.d_additional_keys = d_additional_keys;
+  a.d_additional_values = d_additional_values;
+  a.d_rpb = reinterpret_cast<void*>(d_rpb);
+  a.num_threads = num_threads;
+  py::gil_scoped_release const released;
+  run(a);
+}
+
+int num_parallel_threads(int num_threads) {
+  std::atomic<int> count{0};
+  cpu::parallel_region(
+      num_threads, [](void* context, int) { ++*static_cast<std::atomic<int>*>(context); }, &count);
+  return count;
+}
+
+void register_kernels(py::module_& module) {
+  py::class_<Kernel>(module, "Kernel")
+      .def_readonly("name", &Kernel::name)
+      .def_property_readonly("op", [](Kernel const& kernel) { return op_name(kernel.op); })
+      .def_readonly("backend", &Kernel::backend)
+      .def_readonly("isa", &Kernel::isa)
+      .def_property_readonly("dtypes",
+                             [](Kernel const& kernel) { return py::make_tuple(dtype_name(kernel.dtype)); })
+      .def_readonly("max_head_dim", &Kernel::max_head_dim)
+      .def("__repr__", [](Kernel const& kernel) { return "<Kernel " + std::string(kernel.name) + ">"; });
+
+  py::class_<Problem>(module, "Problem")
+      .def(py::init(&make_problem), py::arg("dtype"), py::arg("axes"), py::arg("batch"), py::arg("heads"),
+           py::arg("heads_kv"), py::arg("head_dim"), py::arg("head_dim_value"), py::arg("additional_keys"),
+           py::arg("has_rpb"), py::arg("scale"));
+
+  module.def("kernels", [] {
+    py::list list;
+    for (Kernel const& kernel : kernels()) list.append(py::cast(&kernel, py::return_value_policy::reference));
+    return list;
+  });
+  module.def(
+      "candidates",
+      [](Problem const& problem, std::string const& op, std::string const& backend, std::string const& isa) {
+        py::list list;
+        for (Candidate const& candidate : candidates(problem, op_of(op), backend, isa)) {
+          list.append(py::make_tuple(py::cast(candidate.kernel, py::return_value_policy::reference),
+                                     candidate.reasons));
+        }
+        return list;
+      },
+      py::arg("problem"), py::arg("op"), py::arg("backend"), py::arg("isa"));
+  module.def("cpu_isas", &cpu_isas);
+
+  module.def("forward", &forward, py::arg("problem"), py::arg("kernel"), py::arg("query"), py::arg("key"),
+             py::arg("value"), py::arg("additional_keys"), py::arg("additional_values"), py::arg("rpb"),
+             py::arg("output"), py::arg("lse"), py::arg("num_threads"));
+  module.def("backward", &backward, py::arg("problem"), py::arg("kernel"), py::arg("query"), py::arg("key"),
+             py::arg("value"), py::arg("additional_keys"), py::arg("additional_values"), py::arg("rpb"),
+             py::arg("output"), py::arg("lse"), py::arg("d_output"), py::arg("d_lse"), py::arg("d_query"),
+             py::arg("d_key"), py::arg("d_value"), py::arg("d_additional_keys"), py::arg("d_additional_values"),
+             py::arg("d_rpb"), py::arg("num_threads"));
+}
+
+template <std::size_t N>
+py::tuple names(std::array<char const*, N> const& list) {
+  py::tuple result(N);
+  for (std::size_t i = 0; i < N; ++i) result[i] = list[i];
+  return result;
+}
+
+}  // namespace
+
+}  // namespace natten
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "The compiled core. Knows no torch: tensors arrive as addresses and strides.";
+  module.attr("DTYPES") = natten::names(natten::kDTypeNames);
+  module.attr("BOUNDARIES") = natten::names(natten::kBoundaryNames);
+  natten::register_kernels(module);
+  natten::register_window(module);
+  module.def("num_parallel_threads", &natten::num_parallel_threads, py::arg("num_threads"));
+  module.def("after_fork_in_child", &natten::cpu::after_fork_in_child);
+}

@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: MIT
+#include "dispatch/dispatch.hpp"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "dispatch/names.hpp"
+
+namespace natten {
+
+namespace {
+
+constexpr char const* kBaseline = "baseline";
+
+bool runs_here(std::string const& isa) {
+  if (isa == kBaseline) return true;
+  return std::any_of(isas().begin(), isas().end(), [&](Isa const& row) { return row.id == isa && row.runs_here; });
+}
+
+void require(bool condition, std::string const& message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+std::string with_value(std::string const& name, std::int64_t value) { return name + " = " + std::to_string(value); }
+
+}  // namespace
+
+void check(Axis const& axis, int index) {
+  auto const name = [&](char const* field, int value) {
+    return with_value(std::string(field) + "[" + std::to_string(index) + "]", value);
+  };
+  require(axis.extent >= 0, name("extent", axis.extent) + " must not be negative");
+  require(axis.kernel_size >= 1, name("kernel_size", axis.kernel_size) + " must be at least 1");
+  require(axis.dilation >= 1, name("dilation", axis.dilation) + " must be at least 1");
+  require(1 <= axis.stride && axis.stride <= axis.kernel_size,
+          name("stride", axis.stride) + " must lie between 1 and " + name("kernel_size", axis.kernel_size));
+  require(axis.boundary != Boundary::kShift || axis.extent == 0 ||
+              std::int64_t{axis.kernel_size} * axis.dilation <= axis.extent,
+          name("kernel_size", axis.kernel_size) + " times " + name("dilation", axis.dilation) + " exceeds " +
+              name("extent", axis.extent) + "; use a smaller window, or another boundary than 'shift'");
+  require(axis.boundary != Boundary::kValid || (axis.stride == 1 && !axis.is_causal),
+          "boundary 'valid' on axis " + std::to_string(index) + " wants stride 1 and no causality");
+  // Positions are int: the grid, a window beyond its ends and an offset must not overflow together.
+  constexpr int kLargest = 1 << 29;
+  for (int number : {axis.extent, axis.kernel_size, axis.dilation}) {
+    require(number <= kLargest, name("axis", number) + " is too large");
+  }
+  require(-kLargest <= axis.offset && axis.offset <= kLargest, name("offset", axis.offset) + " is too large");
+
+  auto const box_is_inside = [&](int origin, int extent) {
+    return origin >= 0 && extent >= 0 && extent <= axis.extent && origin <= axis.extent - extent;
+  };
+  require(box_is_inside(axis.query_origin, axis.query_extent),
+          name("query_origin", axis.query_origin) + " and a query extent of " + std::to_string(axis.query_extent) +
+              " leave the grid, of " + name("extent", axis.extent));
+  require(box_is_inside(axis.key_origin, axis.key_extent),
+          name("key_origin", axis.key_origin) + " and a key extent of " + std::to_string(axis.key_extent) +
+              " leave the grid, of " + name("extent", axis.extent));
+  for (int g = 0; g < axis.groups(); ++g) {
+    Group const group = axis.group(g);
+    if (group.keys_suffice()) continue;
+    int const d = axis.dilation;
+    int const first = group.grid_window(group.queries.begin).begin * d + g;
+    int const last = (group.grid_window(group.queries.end - 1).end - 1) * d + g;
+    throw std::invalid_argument(
+        "on axis " + std::to_string(index) + " the windows of the queries reach from token " + std::to_string(first) +
+        " to token " + std::to_string(last) + " of the grid, but the keys hold only tokens " +
+        std::to_string(axis.key_origin) + " to " + std::to_string(axis.key_origin + axis.key_extent - 1) +
+        "; pass more keys, or correct grid, query_origin or key_origin");
+  }
+}
+
+void check(Problem const& problem) {
+  for (int i = 0; i < problem.rank; ++i) check(problem.axes[kMaxRank - problem.rank + i], i);
+  require(problem.batch >= 0, with_value("batch", problem.batch) + " must not be negative");
+  require(problem.heads >= 1, with_value("heads", problem.heads) + " must be at least 1");
+  require(problem.heads_kv >= 1 && problem.heads % problem.heads_kv == 0,
+          with_value("heads", problem.heads) + " must be a multiple of " + with_value("heads_kv", problem.heads_kv));
+  require(problem.head_dim >= 1, with_value("head_dim", problem.head_dim) + " must be at least 1");
+  require(problem.head_dim_value >= 1, with_value("head_dim_value", problem.head_dim_value) + " must be at least 1");
+  require(problem.additional_keys >= 0,
+          with_value("additional_keys", problem.additional_keys) + " must not be negative");
+}
+
+std::vector<std::string> cpu_isas() {
+  std::vector<std::string> ids;
+  for (Isa const& isa : isas()) {
+    if (isa.runs_here) ids.emplace_back(isa.id);
+  }
+  return ids;
+}
+
+std::string resolve_isa(std::string const& wanted) {
+  auto const possible = cpu_isas();
+  if (wanted.empty()) return possible.empty() ? kBaseline : possible.front();
+  if (std::find(possible.begin(), possible.end(), wanted) != possible.end()) return wanted;
+  std::string list;
+  for (auto const& id : possible) list += (list.empty() ? "" : ", ") + id;
+  throw std::invalid_argument("NATTEN_CPU_ISA = '" + wanted + "' is not an instruction set that this CPU can run; " +
+                              (possible.empty() ? "there are none: unset it" : "possible here: " + list));
+}
+
+std::vector<std::string> reasons(Kernel const& kernel, Problem const& problem, std::string const& isa) {
+  std::vector<std::string> why;
+  if (kernel.dtype != problem.dtype) {
+    why.push_back("computes " + dtype_name(kernel.dtype) + ", and the problem is " + dtype_name(problem.dtype));
+  }
+  if (!runs_here(kernel.isa)) {
+    why.push_back("needs " + std::string(kernel.isa) + ", which this CPU does not have");
+  } else if (kernel.isa != isa && kernel.isa != std::string(kBaseline)) {
+    why.push_back("is compiled for " + std::string(kernel.isa) + ", and " + isa + " is in force");
+  }
+  int const head_dim = std::max(problem.head_dim, problem.head_dim_value);
+  if (head_dim > kernel.max_head_dim) {
+    why.push_back("handles head dims up to " + std::to_string(kernel.max_head_dim) + ", and the problem has " +
+                  std::to_string(head_dim));
+  }
+  return why;
+}
+
+std::vector<Candidate> candidates(Problem const& problem, Op op, std::string const& backend, std::string const& isa) {
+  std::string const resolved = resolve_isa(isa);
+  std::vector<Candidate> list;
+  for (Kernel const& kernel : kernels()) {
+    if (kernel.op != op || (backend != "auto" && backend != kernel.backend)) continue;
+    list.push_back({&kernel, reasons(kernel, problem, resolved)});
+  }
+  return list;
+}
+
+Kernel const& find_kernel(std::string const& name, Op op, Problem const& problem) {
+  auto const& table = kernels();
+  auto const kernel = std::find_if(table.begin(), table.end(), [&](Kernel const& row) { return row.name == name; });
+  require(kernel != table.end() && kernel->op == op, "there is no " + op_name(op) + " kernel called '" + name + "'");
+  // Whoever names a kernel has chosen its ISA with it.
+  auto const why = reasons(*kernel, problem, kernel->isa);
+  require(why.empty(), why.empty() ? "" : name + " " + why.front());
+  return *kernel;
+}
+
+}  // namespace natten

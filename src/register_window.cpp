@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: MIT
+#include "register_window.hpp"
+
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "dispatch/dispatch.hpp"
+#include "dispatch/names.hpp"
+
+namespace py = pybind11;
+
+namespace natten {
+
+Axis make_axis(int const* fields) {
+  if (fields[5] < 0 || fields[5] >= static_cast<int>(kBoundaryNames.size())) {
+    throw std::invalid_argument("boundary = " + std::to_string(fields[5]) + " must be an index of BOUNDARIES");
+  }
+  Axis axis;
+  axis.extent = fields[0];
+  axis.kernel_size = fields[1];
+  axis.stride = fields[2];
+  axis.dilation = fields[3];
+  axis.is_causal = fields[4] != 0;
+  axis.boundary = static_cast<Boundary>(fields[5]);
+  axis.offset = fields[6];
+  axis.query_origin = fields[7];
+  axis.query_extent = fields[8];
+  axis.key_origin = fields[9];
+  axis.key_extent = fields[10];
+  return axis;
+}
+
+namespace {
+
+using Fields = std::vector<int>;
+
+Axis checked_axis(Fields const& fields) {
+  if (fields.size() != kAxisFields) {
+    throw std::invalid_argument("an axis is " + std::to_string(kAxisFields) + " integers, not " +
+                                std::to_string(fields.size()));
+  }
+  Axis const axis = make_axis(fields.data());
+  check(axis, 0);
+  return axis;
+}
+
+std::vector<std::tuple<int, int, int, int>> windows(Fields const& fields) {
+  Axis const axis = checked_axis(fields);
+  std::vector<std::tuple<int, int, int, int>> list;
+  for (int token = axis.query_origin; token < axis.query_origin + axis.query_extent; ++token) {
+    Group const group = axis.group(token % axis.dilation);
+    int const position = token / axis.dilation;
+    Interval const window = group.window(position);
+    list.emplace_back(group.index, window.begin, window.end, group.counted(position));
+  }
+  return list;
+}
+
+std::vector<std::tuple<int, int, int>> inverse_windows(Fields const& fields) {
+  Axis const axis = checked_axis(fields);
+  std::vector<std::tuple<int, int, int>> list;
+  for (int token = axis.key_origin; token < axis.key_origin + axis.key_extent; ++token) {
+    Group const group = axis.group(token % axis.dilation);
+    Interval const queries = group.inverse(token / axis.dilation);
+    list.emplace_back(group.index, queries.begin, queries.end);
+  }
+  return list;
+}
+
+std::tuple<int, int> valid_queries(Fields const& fields) {
+  // Not checked: this is how to learn which box of queries the axis may have.
+  if (fields.size() != kAxisFields) throw std::invalid_argument("an axis is 11 integers");
+  Interval const tokens = make_axis(fields.data()).valid_queries();
+  return {tokens.begin, tokens.end};
+}
+
+std::int64_t attended_pairs(Fields const& fields) {
+  Axis const axis = checked_axis(fields);
+  std::int64_t pairs = 0;
+  for (int g = 0; g < axis.groups(); ++g) {
+    Group const group = axis.group(g);
+    for (int p = group.queries.begin; p < group.queries.end; ++p) pairs += group.window(p).size();
+  }
+  return pairs;
+}
+
+void require_positive(char const* name, int tile) {
+  if (tile < 1) throw std::invalid_argument(std::string(name) + " = " + std::to_string(tile) + " must be positive");
+}
+
+// visit(group, tile) for every query tile of the axis.
+template <class Visit>
+void for_each_query_tile(Axis const& axis, int size, Visit const& visit) {
+  for (int g = 0; g < axis.groups(); ++g) {
+    Group const group = axis.group(g);
+    for (int p = group.queries.begin; p < group.queries.end; p += size) {
+      visit(group, Interval{p, min(p + size, group.queries.end)});
+    }
+  }
+}
+
+std::vector<std::tuple<int, int, int, int, int, int, int>> tile_boxes(Fields const& fields, int tile) {
+  require_positive("tile", tile);
+  std::vector<std::tuple<int, int, int, int, int, int, int>> list;
+  for_each_query_tile(checked_axis(fields), tile, [&](Group const& group, Interval queries) {
+    Interval const keys = group.keys_of(queries);
+    Interval const interior = group.interior_keys_of(queries);
+    list.emplace_back(group.index, queries.begin, queries.end, keys.begin, keys.end, interior.begin, interior.end);
+  });
+  return list;
+}
+
+std::int64_t visited_tiles(Fields const& fields, int query_tile, int key_tile) {
+  require_positive("query_tile", query_tile);
+  require_positive("key_tile", key_tile);
+  std::int64_t tiles = 0;
+  for_each_query_tile(checked_axis(fields), query_tile, [&](Group const& group, Interval queries) {
+    tiles += ceil_div(group.keys_of(queries).size(), key_tile);
+  });
+  return tiles;
+}
+
+}  // namespace
+
+void register_window(py::module_& module) {
+  module.attr("AXIS_FIELDS") =
+      py::make_tuple("extent", "kernel_size", "stride", "dilation", "is_causal", "boundary", "offset", "query_origin",
+                     "query_extent", "key_origin", "key_extent");
+  module.def("windows", &windows, py::arg("axis"));
+  module.def("inverse_windows", &inverse_windows, py::arg("axis"));
+  module.def("valid_queries", &valid_queries, py::arg("axis"));
+  module.def("attended_pairs", &attended_pairs, py::arg("axis"));
+  module.def("tile_boxes", &tile_boxes, py::arg("axis"), py::arg("tile"));
+  module.def("visited_tiles", &visited_tiles, py::arg("axis"), py::arg("query_tile"), py::arg("key_tile"));
+}
+
+}  // namespace natten
