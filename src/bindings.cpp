@@ -62,8 +62,7 @@ int index_of(std::array<char const*, N> const& names, std::string const& name, c
 Op op_of(std::string const& name) { return static_cast<Op>(index_of(kOpNames, name, "op")); }
 
 Problem make_problem(std::string const& dtype, std::vector<int> const& axes, std::int64_t batch, int heads,
-                     int heads_kv, int head_dim, int head_dim_value, int additional_keys, bool has_rpb,
-                     double scale) {
+                     int heads_kv, int head_dim, int head_dim_value, int additional_keys, bool has_rpb, double scale) {
   int const rank = static_cast<int>(axes.size()) / kAxisFields;
   if (rank < 1 || rank > kMaxRank || rank * kAxisFields != static_cast<int>(axes.size())) {
     throw std::invalid_argument("axes must hold " + std::to_string(kAxisFields) + " integers for each of 1 to " +
@@ -86,6 +85,7 @@ Problem make_problem(std::string const& dtype, std::vector<int> const& axes, std
 }
 
 void check_present(Problem const& problem, bool additional_tokens, bool rpb) {
+  if (problem.batch == 0) return;  // tensors without elements have address 0
   if (additional_tokens != (problem.additional_keys > 0)) {
     throw std::invalid_argument("additional tokens must be given if and only if the problem has some");
   }
@@ -146,8 +146,7 @@ void backward(Problem const& problem, std::string const& kernel, TensorRef const
 
 int num_parallel_threads(int num_threads) {
   std::atomic<int> count{0};
-  cpu::parallel_region(
-      num_threads, [](void* context, int) { ++*static_cast<std::atomic<int>*>(context); }, &count);
+  cpu::parallel_region(num_threads, [](void* context, int) { ++*static_cast<std::atomic<int>*>(context); }, &count);
   return count;
 }
 
@@ -157,8 +156,7 @@ void register_kernels(py::module_& module) {
       .def_property_readonly("op", [](Kernel const& kernel) { return op_name(kernel.op); })
       .def_readonly("backend", &Kernel::backend)
       .def_readonly("isa", &Kernel::isa)
-      .def_property_readonly("dtypes",
-                             [](Kernel const& kernel) { return py::make_tuple(dtype_name(kernel.dtype)); })
+      .def_property_readonly("dtypes", [](Kernel const& kernel) { return py::make_tuple(dtype_name(kernel.dtype)); })
       .def_readonly("max_head_dim", &Kernel::max_head_dim)
       .def("__repr__", [](Kernel const& kernel) { return "<Kernel " + std::string(kernel.name) + ">"; });
 
@@ -177,8 +175,8 @@ void register_kernels(py::module_& module) {
       [](Problem const& problem, std::string const& op, std::string const& backend, std::string const& isa) {
         py::list list;
         for (Candidate const& candidate : candidates(problem, op_of(op), backend, isa)) {
-          list.append(py::make_tuple(py::cast(candidate.kernel, py::return_value_policy::reference),
-                                     candidate.reasons));
+          list.append(
+              py::make_tuple(py::cast(candidate.kernel, py::return_value_policy::reference), candidate.reasons));
         }
         return list;
       },

@@ -127,9 +127,8 @@ std::int64_t visited_tiles(Fields const& fields, int query_tile, int key_tile) {
 }  // namespace
 
 void register_window(py::module_& module) {
-  module.attr("AXIS_FIELDS") =
-      py::make_tuple("extent", "kernel_size", "stride", "dilation", "is_causal", "boundary", "offset", "query_origin",
-                     "query_extent", "key_origin", "key_extent");
+  module.attr("AXIS_FIELDS") = py::make_tuple("extent", "kernel_size", "stride", "dilation", "is_causal", "boundary",
+                                              "offset", "query_origin", "query_extent", "key_origin", "key_extent");
   module.def("windows", &windows, py::arg("axis"));
   module.def("inverse_windows", &inverse_windows, py::arg("axis"));
   module.def("valid_queries", &valid_queries, py::arg("axis"));

@@ -62,11 +62,11 @@ void check(Axis const& axis, int index) {
     int const d = axis.dilation;
     int const first = group.grid_window(group.queries.begin).begin * d + g;
     int const last = (group.grid_window(group.queries.end - 1).end - 1) * d + g;
-    throw std::invalid_argument(
-        "on axis " + std::to_string(index) + " the windows of the queries reach from token " + std::to_string(first) +
-        " to token " + std::to_string(last) + " of the grid, but the keys hold only tokens " +
-        std::to_string(axis.key_origin) + " to " + std::to_string(axis.key_origin + axis.key_extent - 1) +
-        "; pass more keys, or correct grid, query_origin or key_origin");
+    throw std::invalid_argument("on axis " + std::to_string(index) + " the windows of the queries reach from token " +
+                                std::to_string(first) + " to token " + std::to_string(last) +
+                                " of the grid, but the keys hold only tokens " + std::to_string(axis.key_origin) +
+                                " to " + std::to_string(axis.key_origin + axis.key_extent - 1) +
+                                "; pass more keys, or correct grid, query_origin or key_origin");
   }
 }
 

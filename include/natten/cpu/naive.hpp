@@ -156,7 +156,7 @@ class Grid {
 
  private:
   template <class Visit>
-  void for_each(Token const& token, int Axis::*origin, Visit const& visit) const {
+  void for_each(Token const& token, int Axis::* origin, Visit const& visit) const {
     int x[kMaxRank], offset[kMaxRank];
     auto const loop = [&](auto const& self, int i) -> void {
       if (i == kMaxRank) return visit(x, offset);
