@@ -11,6 +11,13 @@ enum class DType : int { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3
 
 constexpr int kMaxRank = 3;
 
+// The best shape of a tile of 4, 8 and 16 tokens (the lanes of a vector), for query tiles and for key tiles.
+struct TileTable {
+  static constexpr int kSmallest = 4;
+  static constexpr int kSizes = 3;
+  int shape[2][kSizes][kMaxRank] = {};
+};
+
 struct Problem {
   DType dtype = DType::kFloat32;
   int rank = 1;          // of the grid, as the user sees it
@@ -23,6 +30,7 @@ struct Problem {
   int additional_keys = 0;  // dense keys behind the window, attended by every query
   bool has_rpb = false;
   double scale = 1.0;
+  TileTable tiles;  // filled by choose_tiles (tiling.hpp)
 
   int group_size() const { return heads / heads_kv; }
 };

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: MIT
+// The two ways a fused kernel multiplies. A `Math` says what a 32-bit word of a packed operand holds, how words are
+// made from the storage type, and how two words are multiplied and added:
+//
+//   Float32Math   one float a word; any storage type, converted while packing
+//   BFloat16Math  two bfloat16 a word, vdpbf16ps: along head_dim in a dot product, along the keys in a weighted sum
+//
+// "Dot" operands are multiplied along head_dim (Q K^T, dO V^T); "sum" operands are rows weighted and added (P V, dS K).
+#pragma once
+
+#include "natten/cpu/simd.hpp"
+
+namespace natten::cpu::NATTEN_CPU_ISA {
+
+using Word = std::uint32_t;
+
+template <class Storage_>
+struct Float32Math {
+  using Storage = Storage_;
+  static constexpr int kPerWord = 1;  // elements in a word; if 1, a packed dot operand serves as sum operand too
+
+  // Words [first, first + kLanes) of a row of `dim` elements; zero behind its end.
+  NATTEN_INLINE static Vec load_words(Storage const* row, int first, int dim) {
+    return first + kLanes <= dim ? load_vec(row + first) : load_first(row + first, dim - first);
+  }
+  NATTEN_INLINE static IntVec is_nonfinite(Vec words) {
+    return (bit_cast<UintVec>(words) & 0x7f800000u) == 0x7f800000u;
+  }
+  NATTEN_INLINE static Vec multiply_add(Vec sum, Vec a, Word const* b) {
+    return sum + a * load_as<float>(b);
+  }
+  // Weights [tokens][lane] as the words that a weighted sum broadcasts: they are that already.
+  NATTEN_INLINE static void weights_to_words(Vec*, int) {}
+  // Words of a sum operand with the tokens [begin, end) of the word only, the rest 0.
+  NATTEN_INLINE static Vec keep_tokens(Vec words, int, int) { return words; }
+};
+
+#if defined(__AVX512BF16__)
+struct BFloat16Math {
+  using Storage = BFloat16;
+  static constexpr int kPerWord = 2;
+
+  NATTEN_INLINE static Vec load_words(Storage const* row, int first, int dim) {
+    int left = dim - 2 * first;
+    if (left >= 2 * kLanes) return load_as<Vec>(row + 2 * first);
+    Storage padded[2 * kLanes] = {};
+    std::memcpy(padded, row + 2 * first, left * sizeof(Storage));
+    return load_as<Vec>(padded);
+  }
+  // Word c holds channel c of two tokens; zero behind the first n channels.
+  NATTEN_INLINE static Vec interleave(Storage const* even, Storage const* odd, int n) {
+    return bit_cast<Vec>(channels(even, n) | (channels(odd, n) << 16));
+  }
+  NATTEN_INLINE static IntVec is_nonfinite(Vec words) {
+    UintVec w = bit_cast<UintVec>(words);
+    return ((w & 0x7f80u) == 0x7f80u) | ((w & 0x7f800000u) == 0x7f800000u);
+  }
+  NATTEN_INLINE static Vec multiply_add(Vec sum, Vec a, Word const* b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)_mm512_set1_epi32(static_cast<int>(*b)));
+  }
+  // In place: row j becomes the bfloat16 pairs of rows 2j and 2j + 1. `rows` is even.
+  NATTEN_INLINE static void weights_to_words(Vec* weights, int rows) {
+    for (int j = 0; j < rows / 2; ++j) {
+      __m512bh pair = _mm512_cvtne2ps_pbh(weights[2 * j + 1], weights[2 * j]);
+      // The instruction puts one source's lanes behind the other's; a word needs them side by side.
+      UintVec halves = bit_cast<UintVec>(pair);
+      weights[j] = bit_cast<Vec>(interleave_halves(halves));
+    }
+  }
+  NATTEN_INLINE static Vec keep_tokens(Vec words, int begin, int end) {
+    return bit_cast<Vec>(bit_cast<UintVec>(words) & ((begin == 0 ? 0xffffu : 0u) | (end == 2 ? 0xffff0000u : 0u)));
+  }
+
+ private:
+  NATTEN_INLINE static UintVec channels(Storage const* row, int n) {
+    if (n >= kLanes) return __builtin_convertvector(load_as<HalfVec>(row), UintVec);
+    Storage padded[kLanes] = {};
+    std::memcpy(padded, row, n * sizeof(Storage));
+    return __builtin_convertvector(load_as<HalfVec>(padded), UintVec);
+  }
+  NATTEN_INLINE static UintVec interleave_halves(UintVec halves) {
+    HalfVec low, high;
+    std::memcpy(&low, &halves, sizeof low);
+    std::memcpy(&high, reinterpret_cast<char const*>(&halves) + sizeof low, sizeof high);
+    return __builtin_convertvector(low, UintVec) | (__builtin_convertvector(high, UintVec) << 16);
+  }
+};
+#endif
+
+}  // namespace natten::cpu::NATTEN_CPU_ISA

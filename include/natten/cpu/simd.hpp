@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: MIT
+// One vector register of the ISA this file is compiled for, through the compiler's vector extensions: a width, loads
+// and stores with conversion, 2^x and a transposition. Everything that differs between ISAs is in this file, and
+// everything in it is force-inlined, so that an object file exports nothing that another ISA could pick up.
+//
+// Include only where NATTEN_CPU_ISA names the namespace of the ISA.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "natten/cpu/half.hpp"
+
+namespace natten::cpu::NATTEN_CPU_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kLanes = 4;
+constexpr int kRegisters = 32;
+#else
+constexpr int kLanes = 4;
+constexpr int kRegisters = 16;
+#endif
+
+using Vec = float __attribute__((vector_size(kLanes * 4)));
+using IntVec = std::int32_t __attribute__((vector_size(kLanes * 4)));
+using UintVec = std::uint32_t __attribute__((vector_size(kLanes * 4)));
+using HalfVec = std::uint16_t __attribute__((vector_size(kLanes * 2)));
+
+constexpr float kInfinity = __builtin_inff();
+
+template <class To, class From>
+NATTEN_INLINE To bit_cast(From const& from) {
+  static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+NATTEN_INLINE Vec broadcast(float x) { return Vec{} + x; }
+NATTEN_INLINE IntVec broadcast(std::int32_t x) { return IntVec{} + x; }
+NATTEN_INLINE UintVec broadcast(std::uint32_t x) { return UintVec{} + x; }
+
+template <class V, class T>
+NATTEN_INLINE V load_as(T const* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class V, class T>
+NATTEN_INLINE void store_as(T* p, V const& v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+// kLanes elements as float.
+NATTEN_INLINE Vec load_vec(float const* p) { return load_as<Vec>(p); }
+
+NATTEN_INLINE Vec load_vec(BFloat16 const* p) {
+  return bit_cast<Vec>(__builtin_convertvector(load_as<HalfVec>(p), UintVec) << 16);
+}
+
+NATTEN_INLINE Vec load_vec(Float16 const* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(load_as<__m256i>(p));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(load_as<__m128i>(p));
+#else
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+
+NATTEN_INLINE void store_vec(float* p, Vec v) { store_as(p, v); }
+
+// To nearest, ties to even; NaN stays NaN, which adding the rounding could turn into a number.
+NATTEN_INLINE UintVec round_to_bfloat16(Vec v) {
+  UintVec bits = bit_cast<UintVec>(v);
+  UintVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return v == v ? rounded : broadcast(std::uint32_t{0x7fc0});
+}
+
+NATTEN_INLINE void store_vec(BFloat16* p, Vec v) {
+  store_as(p, __builtin_convertvector(round_to_bfloat16(v), HalfVec));
+}
+
+NATTEN_INLINE void store_vec(Float16* p, Vec v) {
+#if defined(__AVX512F__)
+  store_as(p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  store_as(p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = from_float<Float16>(v[i]);
+#endif
+}
+
+// The first n < kLanes elements; nothing behind them is touched.
+template <class Storage>
+NATTEN_INLINE Vec load_first(Storage const* p, int n) {
+  Storage padded[kLanes] = {};
+  std::memcpy(padded, p, n * sizeof(Storage));
+  return load_vec(padded);
+}
+
+template <class Storage>
+NATTEN_INLINE void store_first(Storage* p, Vec v, int n) {
+  Storage padded[kLanes];
+  store_vec(padded, v);
+  std::memcpy(p, padded, n * sizeof(Storage));
+}
+
+// A row of `dim` elements from floats in whole vectors, times a factor.
+template <class Storage>
+NATTEN_INLINE void store_row(Storage* to, float const* from, float factor, int dim) {
+  int c = 0;
+  for (; c + kLanes <= dim; c += kLanes) store_vec(to + c, load_vec(from + c) * factor);
+  if (c < dim) store_first(to + c, load_vec(from + c) * factor, dim - c);
+}
+
+NATTEN_INLINE Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+
+NATTEN_INLINE float sum(Vec v) {
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+
+// 2^x, relative error 1e-7; 0 below 2^-126, so that exp2(-inf) is 0; NaN stays NaN. x < 128.
+// Minimax polynomial of degree 5 on [-1/2, 1/2].
+NATTEN_INLINE Vec exp2(Vec x) {
+  constexpr float kRounder = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
+  Vec shifted = x + kRounder;
+  Vec f = x - (shifted - kRounder);
+  Vec y = broadcast(1.327647129e-3f);
+  y = y * f + 9.675540961e-3f;
+  y = y * f + 5.550713092e-2f;
+  y = y * f + 2.402212024e-1f;
+  y = y * f + 6.931469440e-1f;
+  y = y * f + 1.000000119f;
+  UintVec exponent = bit_cast<UintVec>(shifted) << 23;
+  Vec result = bit_cast<Vec>(bit_cast<UintVec>(y) + exponent);
+  // A NaN's payload would have been shifted into the exponent.
+  return x < -126.0f ? Vec{} : (x == x ? result : x);
+}
+
+// log2(x) of normal x > 0, absolute error 1e-7 near 1; NaN stays NaN.
+// x = 2^e f with f in [sqrt(1/2), sqrt(2)), and log f = 2 artanh((f - 1) / (f + 1)).
+NATTEN_INLINE Vec log2(Vec x) {
+  constexpr std::int32_t kSqrtHalf = 0x3f3504f3;
+  IntVec const above = bit_cast<IntVec>(x) - kSqrtHalf;
+  IntVec const e = above >> 23;
+  Vec const f = bit_cast<Vec>((above & 0x007fffff) + kSqrtHalf);
+  Vec const t = (f - 1.0f) / (f + 1.0f);
+  Vec const t2 = t * t;
+  Vec series = broadcast(2.885390082f / 9);  // 2 / log(2), then its odd fractions
+  series = series * t2 + 2.885390082f / 7;
+  series = series * t2 + 2.885390082f / 5;
+  series = series * t2 + 2.885390082f / 3;
+  series = series * t2 + 2.885390082f;
+  Vec const result = __builtin_convertvector(e, Vec) + t * series;
+  return x == x ? result : x;
+}
+
+// Transposes kLanes vectors of kLanes elements in log2(kLanes) rounds of pairwise interleaving.
+template <int kRound = 1>
+NATTEN_INLINE void transpose(Vec (&rows)[kLanes]) {
+  constexpr int kHalf = kLanes / 2;
+  IntVec low, high;
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = i / 2 + (i % 2) * kLanes;
+    high[i] = low[i] + kHalf;
+  }
+  Vec next[kLanes];
+#pragma GCC unroll 8
+  for (int i = 0; i < kHalf; ++i) {
+    next[2 * i] = __builtin_shuffle(rows[i], rows[i + kHalf], low);
+    next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kHalf], high);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+  if constexpr (2 * kRound < kLanes) transpose<2 * kRound>(rows);
+}
+
+}  // namespace natten::cpu::NATTEN_CPU_ISA

@@ -1,0 +1,269 @@
+// SPDX-License-Identifier: MIT
+// A tile: a box of kLanes tokens, one a lane, against the boxes of the stream side that they attend to (or, for dK and
+// dV, that attend to them). Kernels walk those boxes in chunks of at most kChunkTokens.
+#pragma once
+
+#include "natten/cpu/stream.hpp"
+
+namespace natten::cpu::NATTEN_CPU_ISA {
+
+// Scores of a chunk, kLanes floats a token: 18 KB of the L1 cache with AVX-512. Chunks of 64 to 2048 tokens are within
+// 5 % of each other; 288 holds the 16 x 16 box that a 4 x 4 tile needs for a window of 13 x 13 in one piece.
+constexpr int kChunkTokens = 288;
+
+// Lanes that share one weighted sum: pairs waste least on the border of windows, fours load least.
+constexpr int kMaxGroupLanes = kRegisters == 32 ? 4 : 2;
+constexpr int kPairPenalty = 110;  // cost of a token's weighted sum in a pair, in percent of that in a four
+
+struct TileShape {
+  int size[kMaxRank] = {1, 1, kLanes};
+};
+
+// For every position of an interval, its own interval on the stream side.
+struct AxisIntervals {
+  Interval const* of = nullptr;
+  int first = 0;
+  NATTEN_INLINE Interval operator[](int position) const { return of[position - first]; }
+};
+
+struct Tile {
+  Interval box[kMaxRank];                          // its tokens; fewer than the shape at the end of an axis
+  Interval stream[kMaxRank];                       // union of their intervals
+  Interval lane[kMaxRank][kLanes];                 // interval of each lane's token; empty where there is none
+  UintVec begin[kMaxRank];                         // the same as vectors
+  UintVec size[kMaxRank];
+  IntVec position[kMaxRank];                       // of each lane's token
+  std::uint32_t lanes = 0;                         // bit set: there is a token
+
+  Tile(TileShape const& shape, int const (&corner)[kMaxRank], Interval const (&block)[kMaxRank],
+       AxisIntervals const (&intervals)[kMaxRank]) {
+    for (int a = 0; a < kMaxRank; ++a) {
+      box[a] = {corner[a], min(corner[a] + shape.size[a], block[a].end)};
+      stream[a] = {intervals[a][box[a].begin].begin, intervals[a][box[a].end - 1].end};
+    }
+    int l = 0;
+    for (int z = 0; z < shape.size[0]; ++z) {
+      for (int y = 0; y < shape.size[1]; ++y) {
+        for (int x = 0; x < shape.size[2]; ++x, ++l) {
+          int const p[kMaxRank] = {corner[0] + z, corner[1] + y, corner[2] + x};
+          bool const is_token = p[0] < box[0].end && p[1] < box[1].end && p[2] < box[2].end;
+          lanes |= std::uint32_t{is_token} << l;
+          for (int a = 0; a < kMaxRank; ++a) {
+            Interval const i = is_token ? intervals[a][p[a]] : Interval{};
+            lane[a][l] = i;
+            begin[a][l] = static_cast<std::uint32_t>(i.begin);
+            size[a][l] = static_cast<std::uint32_t>(i.size());
+            position[a][l] = p[a];
+          }
+        }
+      }
+    }
+  }
+
+  // The same tokens against `n` tokens that all of them attend to.
+  Tile against_all(int n) const {
+    Tile all = *this;
+    Interval const everything[kMaxRank] = {{0, 1}, {0, 1}, {0, n}};
+    for (int a = 0; a < kMaxRank; ++a) {
+      all.stream[a] = everything[a];
+      for (int l = 0; l < kLanes; ++l) {
+        all.lane[a][l] = has(l) ? everything[a] : Interval{};
+        all.begin[a][l] = 0;
+        all.size[a][l] = static_cast<std::uint32_t>(all.lane[a][l].size());
+      }
+    }
+    return all;
+  }
+
+  NATTEN_INLINE bool has(int lane_index) const { return (lanes >> lane_index) & 1u; }
+
+  // The union of the intervals of lanes [first, first + count); false if no lane holds a token.
+  NATTEN_INLINE bool group_box(int first, int count, Interval (&out)[kMaxRank]) const {
+    bool found = false;
+    for (int l = first; l < first + count; ++l) {
+      if (!has(l)) continue;
+      for (int a = 0; a < kMaxRank; ++a) {
+        Interval const i = lane[a][l];
+        out[a] = found ? Interval{min(out[a].begin, i.begin), max(out[a].end, i.end)} : i;
+      }
+      found = true;
+    }
+    return found;
+  }
+
+  // Per lane, the number of tokens of stream row (z, y) that it takes part in: its whole last axis or nothing.
+  NATTEN_INLINE UintVec row_size(int z, int y) const {
+    IntVec const in = (broadcast(std::uint32_t(z)) - begin[0] < size[0]) & (broadcast(std::uint32_t(y)) - begin[1] < size[1]);
+    return size[2] & bit_cast<UintVec>(in);
+  }
+  // Which lanes take part in token x of a row: one unsigned comparison checks both ends.
+  NATTEN_INLINE IntVec keep(int x, UintVec row_size) const {
+    return broadcast(std::uint32_t(x)) - begin[2] < row_size;
+  }
+};
+
+// Some rows of the stream side, of the same tokens [x, x + width) each.
+struct Chunk {
+  int x = 0;
+  int width = 0;
+  int rows = 0;
+  int z[kChunkTokens];
+  int y[kChunkTokens];
+  int token[kChunkTokens];  // packed index of the row's first token
+
+  int tokens() const { return rows * width; }
+};
+
+// Calls visit(chunk) until the tile's part of a packed box is covered.
+template <class Visit>
+void for_each_chunk(Tile const& tile, StreamBox const& box, int tokens_per_word, Visit&& visit) {
+  Interval part[kMaxRank];
+  for (int a = 0; a < kMaxRank; ++a) {
+    part[a] = tile.stream[a].clipped_to(box.axis[a]);
+    if (part[a].empty()) return;
+  }
+  // Whole words of the packed rows; what lies beyond the tile's part is masked, beyond the box zero.
+  int const first = box.axis[2].begin;
+  int const x_begin = first + (part[2].begin - first) / tokens_per_word * tokens_per_word;
+  int const x_end = first + round_up(part[2].end - first, tokens_per_word);
+  int const pieces = ceil_div(x_end - x_begin, kChunkTokens);
+  int const width = round_up(ceil_div(x_end - x_begin, pieces), tokens_per_word);
+  Chunk chunk;
+  for (int x = x_begin; x < x_end; x += width) {
+    chunk.x = x;
+    chunk.width = min(width, x_end - x);
+    chunk.rows = 0;
+    int const max_rows = kChunkTokens / chunk.width;
+    for (int z = part[0].begin; z < part[0].end; ++z) {
+      for (int y = part[1].begin; y < part[1].end; ++y) {
+        chunk.z[chunk.rows] = z;
+        chunk.y[chunk.rows] = y;
+        chunk.token[chunk.rows] = box.token(z, y, x);
+        if (++chunk.rows == max_rows) {
+          visit(chunk);
+          chunk.rows = 0;
+        }
+      }
+    }
+    if (chunk.rows > 0) visit(chunk);
+  }
+}
+
+// The tile's own tokens as lanes: out[word] holds that word of each lane's token; 0 in lanes without a token. `out` has
+// room for whole vectors of words. Fetches the lines of the next tile, `ahead` positions further on the last axis.
+template <class Math>
+void load_lanes(GroupView<typename Math::Storage const> const& from, Tile const& tile, int dim, int ahead, Vec* out) {
+  typename Math::Storage const* tokens[kLanes];
+  for (int l = 0; l < kLanes; ++l) {
+    tokens[l] = from.at(tile.position[0][l], tile.position[1][l], tile.position[2][l]);
+    if (ahead > 0) prefetch_token(tokens[l] + ahead * from.step[2], dim);
+  }
+  for (int w = 0; w * Math::kPerWord < dim; w += kLanes) {
+    Vec rows[kLanes];
+    for (int l = 0; l < kLanes; ++l) rows[l] = tile.has(l) ? Math::load_words(tokens[l], w, dim) : Vec{};
+    transpose(rows);
+    for (int i = 0; i < kLanes; ++i) out[w + i] = rows[i];
+  }
+}
+
+// Adds to out[lane][channel] for G lanes from `first`: rows of weights and values that the lanes' union takes part in.
+template <class Math, int G>
+void accumulate_group(WeightedRow const* rows, int num_rows, int words, PackedTensor<Math> const& stream, float* out,
+                      std::int64_t out_stride) {
+  for (int c = 0; c < stream.dim; c += 4 * kLanes) {
+    std::int64_t const offset = word_at(stream.sum, 0, c) - stream.sum.data;
+    int const vectors = min(4, ceil_div(stream.dim - c, kLanes));
+    auto const run = [&](auto vectors_c) {
+      accumulate<Math, G, decltype(vectors_c)::value>(rows, num_rows, words, stream.sum.pitch, offset, out + c, out_stride);
+    };
+    if (vectors == 4) run(std::integral_constant<int, 4>{});
+    else if (vectors == 3) run(std::integral_constant<int, 3>{});
+    else if (vectors == 2) run(std::integral_constant<int, 2>{});
+    else run(std::integral_constant<int, 1>{});
+  }
+}
+
+// As above for one lane and only for the tokens it takes part in: 0 * inf must not reach those that do not attend.
+template <class Math>
+void accumulate_exact(Chunk const& chunk, Interval const (&box)[kMaxRank], PackedTensor<Math> const& stream,
+                      Word const* weights, float* out) {
+  constexpr int kTokens = Math::kPerWord;
+  for (int r = 0; r < chunk.rows; ++r) {
+    if (!box[0].contains(chunk.z[r]) || !box[1].contains(chunk.y[r])) continue;
+    for (int x = 0; x < chunk.width; x += kTokens) {
+      Interval const part = Interval{box[2].begin - chunk.x - x, box[2].end - chunk.x - x}.clipped_to({0, kTokens});
+      if (part.empty()) continue;
+      Word const* const weight = weights + (r * chunk.width + x) / kTokens * kLanes;
+      for (int c = 0; c < stream.dim; c += kLanes) {
+        Vec const v = load_as<Vec>(word_at(stream.sum, (chunk.token[r] + x) / kTokens, c));
+        store_vec(out + c, Math::multiply_add(load_vec(out + c), Math::keep_tokens(v, part.begin, part.end), weight));
+      }
+    }
+  }
+}
+
+// out[lane][channel] += sum over the chunk of weights[token][lane] * value[token][channel]; the weights of lanes that do
+// not take part in a token are 0. Destroys the weights. Rows of `out` are `out_stride` floats.
+template <class Math>
+void accumulate_chunk(Tile const& tile, Chunk const& chunk, PackedTensor<Math> const& stream, bool nonfinite,
+                      Vec* weights, float* out, std::int64_t out_stride) {
+  constexpr int kTokens = Math::kPerWord;
+  Math::weights_to_words(weights, chunk.tokens());
+  Word const* const words = reinterpret_cast<Word const*>(weights);
+  if (nonfinite) {
+    for (int l = 0; l < kLanes; ++l) {
+      if (tile.has(l)) accumulate_exact<Math>(chunk, {tile.lane[0][l], tile.lane[1][l], tile.lane[2][l]}, stream, words + l, out + l * out_stride);
+    }
+    return;
+  }
+
+  // The tokens of the chunk that a group of lanes takes part in: some of its rows, and the same words of each.
+  struct Part {
+    Interval box[kMaxRank];
+    Interval words;
+    bool empty;
+  };
+  auto const part_of = [&](int first, int count) {
+    Part part;
+    part.empty = !tile.group_box(first, count, part.box);
+    if (!part.empty) {
+      int const begin = max(part.box[2].begin - chunk.x, 0);
+      int const end = min(part.box[2].end - chunk.x, chunk.width);
+      part.words = {begin / kTokens, ceil_div(max(end, 0), kTokens)};
+      part.empty = part.words.empty();
+    }
+    return part;
+  };
+  auto const size_of = [](Part const& part) {
+    return part.empty ? 0 : part.box[0].size() * part.box[1].size() * part.words.size();
+  };
+  auto const add = [&](Part const& part, int first, auto lanes_c) {
+    if (part.empty) return;
+    WeightedRow rows[kChunkTokens];
+    int n = 0;
+    for (int r = 0; r < chunk.rows; ++r) {
+      if (!part.box[0].contains(chunk.z[r]) || !part.box[1].contains(chunk.y[r])) continue;
+      int const token = chunk.token[r] / kTokens + part.words.begin;
+      int const weight = r * chunk.width / kTokens + part.words.begin;
+      rows[n++] = {word_at(stream.sum, token, 0), words + weight * kLanes + first};
+    }
+    accumulate_group<Math, decltype(lanes_c)::value>(rows, n, part.words.size(), stream, out + first * out_stride, out_stride);
+  };
+
+  // Two pairs do the work of a four in less arithmetic, but at 6 loads for 8 FMAs instead of 8 for 16.
+  for (int l = 0; l < kLanes; l += kMaxGroupLanes) {
+    Part const first = part_of(l, 2);
+    if constexpr (kMaxGroupLanes == 4) {
+      Part const second = part_of(l + 2, 2);
+      Part const four = part_of(l, 4);
+      if (100 * 2 * size_of(four) <= kPairPenalty * (size_of(first) + size_of(second))) {
+        add(four, l, std::integral_constant<int, 4>{});
+        continue;
+      }
+      add(second, l + 2, std::integral_constant<int, 2>{});
+    }
+    add(first, l, std::integral_constant<int, 2>{});
+  }
+}
+
+}  // namespace natten::cpu::NATTEN_CPU_ISA

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: MIT
+// Cutting an axis into tiles: exact counts of what a tile visits, and the choice of tile shapes by them.
+#pragma once
+
+#include "natten/problem.hpp"
+
+namespace natten {
+
+// Key tiles that the query tiles of one group visit. A query tile's key tiles start at the corner of its own key box.
+NATTEN_INLINE constexpr std::int64_t visited_tiles(Group const& group, int query_tile, int key_tile) {
+  std::int64_t count = 0;
+  for (int p = group.queries.begin; p < group.queries.end; p += query_tile) {
+    Interval const keys = group.keys_of({p, min(p + query_tile, group.queries.end)});
+    count += ceil_div(keys.size(), key_tile);
+  }
+  return count;
+}
+
+// Pairs of a query and a key that attends to it, on one group.
+NATTEN_INLINE constexpr std::int64_t attended_pairs(Group const& group) {
+  std::int64_t count = 0;
+  for (int p = group.queries.begin; p < group.queries.end; ++p) count += group.window(p).size();
+  return count;
+}
+
+// out[p - queries.begin] = window(p).
+inline void fill_windows(Group const& group, Interval queries, Interval* out) {
+  for (int p = queries.begin; p < queries.end; ++p) *out++ = group.window(p);
+}
+
+// out[j - keys.begin] = inverse(j). One sweep: both ends of the inverse window are non-decreasing in j.
+inline void fill_inverse_windows(Group const& group, Interval keys, Interval* out) {
+  if (keys.empty()) return;
+  Interval queries = group.inverse(keys.begin);
+  for (int j = keys.begin; j < keys.end; ++j) {
+    while (queries.begin < group.queries.end && group.window(queries.begin).end <= j) ++queries.begin;
+    while (queries.end < group.queries.end && group.window(queries.end).begin <= j) ++queries.end;
+    *out++ = {queries.begin, max(queries.begin, queries.end)};
+  }
+}
+
+// The side of the attention whose tokens make a tile; the other side is streamed past it.
+enum class Side : int { kQuery = 0, kKey = 1 };
+
+inline Interval tile_side(Group const& group, Side side) {
+  return side == Side::kQuery ? group.queries : group.keys;
+}
+inline Interval stream_of(Group const& group, Side side, Interval tile) {
+  return side == Side::kQuery ? group.keys_of(tile) : group.queries_of(tile);
+}
+
+// Sum over the tiles of an axis of the tokens streamed past each.
+inline std::int64_t streamed_tokens(Group const& group, Side side, int tile) {
+  Interval const tokens = tile_side(group, side);
+  std::int64_t count = 0;
+  for (int p = tokens.begin; p < tokens.end; p += tile) {
+    count += stream_of(group, side, {p, min(p + tile, tokens.end)}).size();
+  }
+  return count;
+}
+
+// The box of `tokens` (a power of two) tokens that streams least; among equals the longest along the last axis, whose
+// tokens are nearest in memory. Dilation groups differ by one token at most: the first speaks for all.
+inline void choose_tile(Problem const& problem, Side side, int tokens, int (&shape)[kMaxRank]) {
+  constexpr int kMaxLog = 8;
+  double cost[kMaxRank][kMaxLog + 1] = {};
+  int log = 0;
+  while ((1 << log) < tokens) ++log;
+  for (int a = 0; a < kMaxRank; ++a) {
+    Group const group = problem.axes[a].group(0);
+    for (int i = 0; i <= log; ++i) {
+      cost[a][i] = static_cast<double>(streamed_tokens(group, side, 1 << i));
+      if ((1 << i) >= tile_side(group, side).size()) {  // longer tiles only waste lanes
+        for (int j = i + 1; j <= log; ++j) cost[a][j] = cost[a][i];
+        break;
+      }
+    }
+  }
+  double best = -1;
+  for (int i = 0; i <= log; ++i) {
+    for (int j = 0; i + j <= log; ++j) {
+      double const c = cost[0][i] * cost[1][j] * cost[2][log - i - j];
+      if (best < 0 || c < best) {
+        best = c;
+        shape[0] = 1 << i;
+        shape[1] = 1 << j;
+        shape[2] = 1 << (log - i - j);
+      }
+    }
+  }
+}
+
+// Fills problem.tiles. Costs a few evaluations of `window` a token: once for a problem, not once a call.
+inline void choose_tiles(Problem& problem) {
+  for (int side = 0; side < 2; ++side) {
+    for (int i = 0; i < TileTable::kSizes; ++i) {
+      choose_tile(problem, static_cast<Side>(side), TileTable::kSmallest << i, problem.tiles.shape[side][i]);
+    }
+  }
+}
+
+}  // namespace natten
