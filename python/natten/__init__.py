@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: MIT
+"""Neighborhood attention for PyTorch."""
+
+from __future__ import annotations
+
+import os
+from importlib import metadata
+
+import torch as _torch  # noqa: F401  # first: the core runs on torch's threads
+
+try:
+    from natten import _C
+except ImportError as error:
+    message = (
+        "the compiled core of natten cannot be imported. In a source tree, install the package first "
+        "(`pip install .`) and do not run Python from inside `python/`; otherwise reinstall it, as its wheel was "
+        f"built for another Python or platform. The reason was: {error}"
+    )
+    raise ImportError(message) from error
+
+from natten._dispatch import use_backend
+from natten._problem import ArgumentError
+from natten.functional import (
+    attention,
+    explain,
+    merge_attentions,
+    na1d,
+    na2d,
+    na3d,
+    neighborhood_attention_generic,
+)
+from natten.modules import (
+    NeighborhoodAttention1D,
+    NeighborhoodAttention2D,
+    NeighborhoodAttention3D,
+)
+
+__all__ = [
+    "HAS_LIBNATTEN",
+    "ArgumentError",
+    "NeighborhoodAttention1D",
+    "NeighborhoodAttention2D",
+    "NeighborhoodAttention3D",
+    "__version__",
+    "attention",
+    "explain",
+    "merge_attentions",
+    "na1d",
+    "na2d",
+    "na3d",
+    "neighborhood_attention_generic",
+    "use_backend",
+]
+
+__version__ = metadata.version("natten")
+# There is no natten without its core.
+HAS_LIBNATTEN = True
+
+os.register_at_fork(after_in_child=_C.after_fork_in_child)

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: MIT
+"""Which backend runs a problem, which kernel of it, and why not the others: one list answers all three."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from natten import _C, _flex
+from natten._problem import Problem, wrong
+
+# In order of preference.
+_COMPILED = tuple(dict.fromkeys(kernel.backend for kernel in _C.kernels()))
+BACKENDS = ("auto", *_COMPILED, "flex", "reference")
+# What the 0.2x generation of the package calls its backends.
+_ALIASES = {
+    **dict.fromkeys(("cutlass-fna", "hopper-fna", "blackwell-fna"), "fna"),
+    **dict.fromkeys(("cutlass-fmha", "hopper-fmha", "blackwell-fmha"), "fna"),
+    **dict.fromkeys(("flex-fna", "flex-fmha"), "flex"),
+}
+# Passed to the ops by compiled graphs, which outlive the context they are traced in: whatever is in force when they run.
+IN_FORCE = ""
+
+_backend_in_force: ContextVar[str] = ContextVar("natten_backend", default="auto")
+
+
+def canonical(name: str) -> str:
+    """The backend called `name`, which may be a name of the 0.2x generation."""
+    name = _ALIASES.get(name, name)
+    if name not in BACKENDS:
+        known = ", ".join(map(repr, (*BACKENDS, *_ALIASES)))
+        raise wrong("backend", repr(name), f"one of {known}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Selects the backend of all calls inside the context that do not name one themselves.
+
+    Nests, and holds for the current thread and the current asyncio task only.
+
+    Args:
+        name: ``"auto"``, ``"fna"``, ``"naive"``, ``"flex"`` or ``"reference"``, or a name of the 0.2x generation
+            of the package, such as ``"cutlass-fna"``.
+
+    Raises:
+        ValueError: If there is no backend of that name.
+
+    Example:
+        >>> import natten, torch
+        >>> x = torch.randn(1, 16, 2, 8)
+        >>> with natten.use_backend("reference"):
+        ...     natten.na1d(x, x, x, kernel_size=3).shape
+        torch.Size([1, 16, 2, 8])
+    """
+    token = _backend_in_force.set(canonical(name))
+    try:
+        yield
+    finally:
+        _backend_in_force.reset(token)
+
+
+def backend_in_force() -> str:
+    """What `use_backend` selected, or ``"auto"``."""
+    return _backend_in_force.get()
+
+
+# For torch.compile, which cannot trace context variables: a constant of the graph.
+backend_in_force._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def forced_isa() -> str:
+    """The ISA that the environment variable NATTEN_CPU_ISA forces, or nothing. Read again for every call."""
+    return os.environ.get("NATTEN_CPU_ISA", "")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to run a problem.
+
+    Attributes:
+        backend: The backend it belongs to.
+        kernel: What runs: a row of the kernel table, or the backend's name.
+        reasons: Why it cannot run; empty: it can.
+    """
+
+    backend: str
+    kernel: str
+    reasons: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.kernel}: {'; '.join(self.reasons) or 'can run'}"
+
+
+@lru_cache(maxsize=1024)
+def kernel_for(
+    op: str,
+    backend: str,
+    isa: str,
+    dtype: torch.dtype,
+    flat_axes: tuple[int, ...],
+    batch: int,
+    heads: int,
+    heads_kv: int,
+    head_dim: int,
+    head_dim_value: int,
+    additional_keys: int,
+    has_rpb: bool,
+    scale: float,
+) -> tuple[_C.Problem, str]:
+    """The problem as the core sees it, and the name of the kernel that runs `op` of it.
+
+    Raises:
+        NotImplementedError: If no kernel of the backend can run it.
+    """
+    problem = _C.Problem(
+        str(dtype).removeprefix("torch."),
+        flat_axes,
+        batch,
+        heads,
+        heads_kv,
+        head_dim,
+        head_dim_value,
+        additional_keys,
+        has_rpb,
+        scale,
+    )
+    rows = _C.candidates(problem, op, backend, isa)
+    for kernel, reasons in rows:
+        if not reasons:
+            return problem, kernel.name
+    raise _nothing_runs(
+        backend, [Candidate(kernel.backend, kernel.name, tuple(reasons)) for kernel, reasons in rows]
+    )
+
+
+def _nothing_runs(backend: str, candidates: list[Candidate]) -> NotImplementedError:
+    lines = "\n".join(f"  {candidate}" for candidate in candidates)
+    return NotImplementedError(f"no kernel of backend {backend!r} can run this problem:\n{lines}")
+
+
+def candidates(problem: Problem, needs_grad: bool, isa: str) -> list[Candidate]:
+    """Every way to run the problem, in order of preference, each with the reasons why it cannot."""
+    found: list[Candidate] = []
+    if problem.device.type == "cpu":
+        core = _C.Problem(
+            str(problem.dtype).removeprefix("torch."),
+            problem.flat_axes,
+            problem.batch,
+            problem.heads,
+            problem.heads_kv,
+            problem.head_dim,
+            problem.head_dim_value,
+            problem.additional_keys,
+            problem.has_rpb,
+            problem.scale,
+        )
+        backward = _C.candidates(core, "backward", "auto", isa) if needs_grad else []
+        for kernel, reasons in _C.candidates(core, "forward", "auto", isa):
+            why = list(reasons)
+            gradients = [row for row in backward if row[0].backend == kernel.backend]
+            if needs_grad and not why and all(row_reasons for _, row_reasons in gradients):
+                why.append("no backward kernel of its backend can run, and gradients are wanted")
+            found.append(Candidate(kernel.backend, kernel.name, tuple(why)))
+    else:
+        why = [f"runs on cpu, and the tensors are on {problem.device.type}"]
+        rows = [kernel for kernel in _C.kernels() if kernel.op == "forward"]
+        found += [Candidate(kernel.backend, kernel.name, tuple(why)) for kernel in rows]
+    flex_reasons = _flex.reasons(
+        problem.device.type,
+        problem.dtype,
+        problem.head_dim,
+        problem.head_dim_value,
+        problem.has_rpb,
+        needs_grad,
+    )
+    found.append(Candidate("flex", "flex", flex_reasons))
+    found.append(Candidate("reference", "reference"))
+    return found
+
+
+def select(problem: Problem, needs_grad: bool, backend: str, isa: str) -> str:
+    """The backend that runs the problem: `backend`, or the best one if that is "auto".
+
+    Raises:
+        NotImplementedError: If it cannot; lists every candidate and its reasons.
+    """
+    asked = [c for c in candidates(problem, needs_grad, isa) if backend in ("auto", c.backend)]
+    chosen = next((c for c in asked if not c.reasons), None)
+    if chosen is None:
+        raise _nothing_runs(backend, asked)
+    if backend == "auto" and chosen.backend == "reference" and problem.device.type != "cpu":
+        _warn_of_reference(problem.device.type)
+    return chosen.backend
+
+
+def select_in_graph(problem: Problem, needs_grad: bool, backend: str | None) -> str:
+    """The same for torch.compile, which cannot trace into the core.
+
+    On a CPU the choice among compiled kernels is left to the moment the graph runs: it may be on another machine.
+    """
+    if problem.device.type == "cpu":
+        return IN_FORCE if backend is None else canonical(backend)
+    name = backend_in_force() if backend is None else canonical(backend)
+    if name in ("auto", "flex"):
+        reasons = _flex.reasons(
+            problem.device.type,
+            problem.dtype,
+            problem.head_dim,
+            problem.head_dim_value,
+            problem.has_rpb,
+            needs_grad,
+        )
+        if not reasons:
+            return "flex"
+        if name == "flex":
+            raise _nothing_runs(name, [Candidate("flex", "flex", reasons)])
+        return "reference"
+    if name != "reference":
+        message = f"backend {name!r} runs on cpu, and the tensors are on {problem.device.type}"
+        raise NotImplementedError(message)
+    return name
+
+
+@lru_cache
+def _warn_of_reference(device_type: str) -> None:
+    warnings.warn(
+        f"no fast backend runs this problem on {device_type}: 'reference' does, slowly (said once; natten.explain "
+        "lists the reasons)",
+        stacklevel=2,
+    )

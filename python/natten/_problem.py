@@ -1,0 +1,467 @@
+# SPDX-License-Identifier: MIT
+"""The problem: what a call means, as plain numbers. All normalisation and every ``ArgumentError`` live here.
+
+No window is computed here: whatever depends on one asks the compiled core.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from natten import _C
+
+IntPerAxis: TypeAlias = "int | Sequence[int]"
+BoolPerAxis: TypeAlias = "bool | Sequence[bool]"
+StrPerAxis: TypeAlias = "str | Sequence[str]"
+
+DTYPES = tuple(getattr(torch, name) for name in _C.DTYPES)
+_BOUNDARY_IDS = {name: index for index, name in enumerate(_C.BOUNDARIES)}
+_SHIFT = _BOUNDARY_IDS["shift"]
+_VALID = _BOUNDARY_IDS["valid"]
+# The core counts positions in 32 bits, and a window may reach beyond both ends of its grid.
+_LARGEST = 2**29
+
+
+class ArgumentError(ValueError, RuntimeError):
+    """An argument that means nothing.
+
+    A ``ValueError``; also a ``RuntimeError``, which is what the oldest callers catch.
+    """
+
+
+def wrong(argument: str, value: object, wanted: str, remedy: str = "") -> ArgumentError:
+    """The error for `argument`: what it was, what is wanted, and what to do about it."""
+    return ArgumentError(f"{argument} = {value}; wanted {wanted}" + (f": {remedy}" if remedy else ""))
+
+
+class Axis(NamedTuple):
+    """One axis of the grid, in the order and the meaning of natten::Axis."""
+
+    extent: int
+    kernel_size: int
+    stride: int = 1
+    dilation: int = 1
+    is_causal: int = 0
+    boundary: int = _SHIFT
+    offset: int = 0
+    query_origin: int = 0
+    query_extent: int = 1
+    key_origin: int = 0
+    key_extent: int = 1
+
+
+class TensorInfo(NamedTuple):
+    """What a problem depends on of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An attention problem.
+
+    Attributes:
+        axes: The grid, outermost axis first. The query box is that of the tokens which really are queries.
+        skipped: Per axis, how many tokens of the query tensor come before the first query (boundary "valid").
+        additional_keys: Dense keys that every query attends to.
+        flat_axes: The numbers of `axes` in one row.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    axes: tuple[Axis, ...]
+    skipped: tuple[int, ...]
+    batch: int
+    heads: int
+    heads_kv: int
+    head_dim: int
+    head_dim_value: int
+    additional_keys: int
+    has_rpb: bool
+    scale: float
+    flat_axes: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        """Of the grid."""
+        return len(self.axes)
+
+
+def describe(name: str, tensor: Tensor) -> TensorInfo:
+    """What a problem depends on of `tensor`; sparse and nested ones are turned away."""
+    if not isinstance(tensor, Tensor):
+        raise wrong(name, type(tensor).__name__, "a torch.Tensor")
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        message = f"{name} is a nested or sparse tensor; only dense tensors are implemented"
+        raise NotImplementedError(message)
+    return TensorInfo(tensor.shape, tensor.dtype, tensor.device)
+
+
+@dataclass(frozen=True)
+class _Common:
+    """What neighborhood and dense attention check and derive alike."""
+
+    batch: int
+    heads: int
+    heads_kv: int
+    head_dim: int
+    head_dim_value: int
+    additional_keys: int
+    scale: float
+
+
+def _check_tensors(
+    query: TensorInfo,
+    key: TensorInfo,
+    value: TensorInfo,
+    additional_keys: TensorInfo | None,
+    additional_values: TensorInfo | None,
+    scale: float | None,
+) -> _Common:
+    if query.dtype not in DTYPES:
+        raise wrong("query.dtype", query.dtype, f"one of {', '.join(map(str, DTYPES))}", "convert it")
+    others = [("key", key), ("value", value)]
+    if (additional_keys is None) != (additional_values is None):
+        absent = "additional_keys" if additional_keys is None else "additional_values"
+        raise wrong(absent, None, "a tensor", "pass additional_keys and additional_values together")
+    if additional_keys is not None and additional_values is not None:
+        others += [("additional_keys", additional_keys), ("additional_values", additional_values)]
+    for name, other in others:
+        if other.dtype != query.dtype:
+            raise wrong(f"{name}.dtype", other.dtype, f"{query.dtype}, as the query", "convert one")
+        if other.device != query.device:
+            raise wrong(f"{name}.device", other.device, f"{query.device}, as the query", "move one")
+        rank = len(query.shape) if name in ("key", "value") else 4
+        if len(other.shape) != rank:
+            raise wrong(f"{name}.ndim", len(other.shape), f"{rank}", "unsqueeze or reshape it")
+        if other.shape[0] != query.shape[0]:
+            raise wrong(f"{name}.shape[0]", other.shape[0], f"{query.shape[0]}, the query's batch size")
+    heads, heads_kv = query.shape[-2], key.shape[-2]
+    if heads == 0:
+        raise wrong("query.shape[-2]", heads, "at least 1 head")
+    if heads_kv == 0 or heads % heads_kv != 0:
+        raise wrong("key.shape[-2]", heads_kv, f"a divisor of {heads}, the query's number of heads")
+    if value.shape[-2] != heads_kv:
+        raise wrong("value.shape[-2]", value.shape[-2], f"{heads_kv}, the key's number of heads")
+    if query.shape[-1] == 0:
+        raise wrong("query.shape[-1]", 0, "a head dim of at least 1")
+    if value.shape[-1] == 0:
+        raise wrong("value.shape[-1]", 0, "a head dim of at least 1")
+    if key.shape[-1] != query.shape[-1]:
+        raise wrong("key.shape[-1]", key.shape[-1], f"{query.shape[-1]}, the query's head dim")
+    count = 0
+    if additional_keys is not None and additional_values is not None:
+        count = additional_keys.shape[1]
+        if additional_values.shape[1] != count:
+            raise wrong(
+                "additional_values.shape[1]",
+                additional_values.shape[1],
+                f"{count}, the number of additional_keys",
+            )
+        for name, extra, like, other in (
+            ("additional_keys", additional_keys, "key", key),
+            ("additional_values", additional_values, "value", value),
+        ):
+            for dim, what in ((-2, "number of heads"), (-1, "head dim")):
+                if extra.shape[dim] != other.shape[dim]:
+                    raise wrong(
+                        f"{name}.shape[{dim}]", extra.shape[dim], f"{other.shape[dim]}, the {like}'s {what}"
+                    )
+    head_dim = query.shape[-1]
+    return _Common(
+        batch=query.shape[0],
+        heads=heads,
+        heads_kv=heads_kv,
+        head_dim=head_dim,
+        head_dim_value=value.shape[-1],
+        additional_keys=count,
+        scale=head_dim**-0.5 if scale is None else float(scale),
+    )
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value  # type: ignore[return-value]  # a SymInt is an int to everybody but the type checker
+    if hasattr(value, "__index__") and not isinstance(value, bool):
+        return operator.index(value)
+    raise wrong(name, repr(value), "an integer")
+
+
+def _boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise wrong(name, repr(value), "True or False")
+    return value
+
+
+def _boundary(name: str, value: Any) -> int:
+    if not isinstance(value, str) or value not in _BOUNDARY_IDS:
+        raise wrong(name, repr(value), f"one of {', '.join(map(repr, _BOUNDARY_IDS))}")
+    return _BOUNDARY_IDS[value]
+
+
+def per_axis(name: str, value: Any, rank: int) -> tuple[Any, ...]:
+    """`value`, a scalar for all axes or one value per axis, as one value per axis."""
+    if isinstance(value, (tuple, list)):
+        values = tuple(value)
+    elif isinstance(value, Iterable) and not isinstance(value, (str, Tensor)):
+        values = tuple(value)
+    else:
+        return (value,) * rank
+    if len(values) != rank:
+        raise wrong(name, value, f"one value, or {rank} (one per axis of the grid)")
+    return values
+
+
+def _integers(name: str, value: Any, rank: int) -> tuple[int, ...]:
+    values = per_axis(name, value, rank)
+    return tuple(_integer(f"{name}[{i}]", v) for i, v in enumerate(values))
+
+
+def _valid_queries(*axis: int) -> tuple[int, int]:
+    return _C.valid_queries(axis)
+
+
+def _attended_tokens(*axis: int) -> tuple[int, int]:
+    """The first and the last token of the whole axis that queries of this one attend to, or (0, -1)."""
+    whole = Axis(*axis)._replace(key_origin=0, key_extent=axis[0])
+    windows = [(g, begin, end) for g, begin, end, _ in _C.windows(whole) if end > begin]
+    if not windows:
+        return 0, -1
+    return (
+        min(begin * whole.dilation + g for g, begin, _ in windows),
+        max((end - 1) * whole.dilation + g for g, _, end in windows),
+    )
+
+
+# torch.compile cannot trace into the core; it may call it, though, once the numbers are constants.
+_valid_queries._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_attended_tokens._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _constants(axis: Axis) -> tuple[int, ...]:
+    """The numbers of `axis`; under torch.compile, `index` specialises symbolic ones."""
+    return tuple(operator.index(number) for number in axis)
+
+
+def _check_axis(i: int, axis: Axis) -> None:
+    extent, kernel_size, dilation = axis.extent, axis.kernel_size, axis.dilation
+    if kernel_size < 1:
+        raise wrong(f"kernel_size[{i}]", kernel_size, "at least 1, or -1 for the whole axis")
+    if dilation < 1:
+        raise wrong(f"dilation[{i}]", dilation, "at least 1")
+    if not 1 <= axis.stride <= kernel_size:
+        raise wrong(
+            f"stride[{i}]",
+            axis.stride,
+            f"1 to {kernel_size} (kernel_size[{i}])",
+            "tokens would go unattended between windows",
+        )
+    if not 0 <= axis.offset < axis.stride:
+        raise wrong(f"offset[{i}]", axis.offset, f"0 to {axis.stride - 1} (stride[{i}] - 1)")
+    if axis.boundary == _SHIFT and kernel_size * dilation > extent:
+        raise wrong(
+            f"kernel_size[{i}] * dilation[{i}]",
+            f"{kernel_size} * {dilation}",
+            f"at most {extent}, the extent of axis {i}",
+            "use a smaller window, or another boundary than 'shift'",
+        )
+    if kernel_size > _LARGEST or dilation > _LARGEST or extent > _LARGEST:
+        raise wrong(f"kernel_size[{i}], dilation[{i}] or extent[{i}]", "too large", f"at most {_LARGEST}")
+    if axis.boundary == _VALID and (axis.stride != 1 or axis.is_causal):
+        raise wrong(
+            f"boundary[{i}]", "'valid'", "stride 1 and is_causal False with it", "use another boundary"
+        )
+
+
+def _check_box(i: int, what: str, extent: int, origin: int, size: int) -> None:
+    if origin < 0 or origin + size > extent:
+        raise wrong(
+            f"{what}_origin[{i}]",
+            origin,
+            f"0 to {extent - size}, so that the {what}'s {size} tokens lie inside grid[{i}] = {extent}",
+        )
+
+
+def normalize(
+    query: TensorInfo,
+    key: TensorInfo,
+    value: TensorInfo,
+    additional_keys: TensorInfo | None,
+    additional_values: TensorInfo | None,
+    rpb: TensorInfo | None,
+    rank: int | None,
+    kernel_size: IntPerAxis,
+    stride: IntPerAxis | None,
+    dilation: IntPerAxis | None,
+    is_causal: BoolPerAxis | None,
+    boundary: StrPerAxis,
+    offset: IntPerAxis,
+    grid: IntPerAxis | None,
+    query_origin: IntPerAxis | None,
+    key_origin: IntPerAxis | None,
+    scale: float | None,
+) -> Problem:
+    """Turns the arguments of a neighborhood attention call into a problem.
+
+    Args:
+        rank: What the grid's must be; None: whatever the query's is.
+
+    Raises:
+        ArgumentError: If an argument is wrong, or does not fit another one.
+    """
+    if rank is None:
+        rank = len(query.shape) - 3
+        if not 1 <= rank <= 3:
+            raise wrong("query.ndim", len(query.shape), "4, 5 or 6: [batch, *grid, heads, head_dim]")
+    elif len(query.shape) != rank + 3:
+        raise wrong(
+            "query.ndim", len(query.shape), f"{rank + 3}: [batch, {'x, ' * rank}heads, head_dim]"
+        )
+    common = _check_tensors(query, key, value, additional_keys, additional_values, scale)
+    query_extents, key_extents = query.shape[1:-2], key.shape[1:-2]
+    if value.shape[1:-2] != key_extents:
+        raise wrong("value.shape[1:-2]", value.shape[1:-2], f"{key_extents}, the key's grid")
+    if grid is None:
+        if query_origin is not None or key_origin is not None:
+            raise wrong("grid", None, "the whole grid's extents", "an origin is a place in the grid")
+        if query_extents != key_extents:
+            raise wrong(
+                "key.shape[1:-2]",
+                tuple(key_extents),
+                f"{tuple(query_extents)}, the query's grid",
+                "if they are boxes of a larger grid, pass grid, query_origin and key_origin",
+            )
+    extents = query_extents if grid is None else _integers("grid", grid, rank)
+    query_origins = _integers("query_origin", 0 if query_origin is None else query_origin, rank)
+    key_origins = _integers("key_origin", 0 if key_origin is None else key_origin, rank)
+    kernel_sizes = _integers("kernel_size", kernel_size, rank)
+    strides = _integers("stride", 1 if stride is None else stride, rank)
+    dilations = _integers("dilation", 1 if dilation is None else dilation, rank)
+    offsets = _integers("offset", offset, rank)
+    causal = per_axis("is_causal", False if is_causal is None else is_causal, rank)
+    boundaries = per_axis("boundary", boundary, rank)
+
+    axes: list[Axis] = []
+    for i in range(rank):
+        axis = Axis(
+            extent=extents[i],
+            kernel_size=kernel_sizes[i],
+            stride=strides[i],
+            dilation=dilations[i],
+            is_causal=int(_boolean(f"is_causal[{i}]", causal[i])),
+            boundary=_boundary(f"boundary[{i}]", boundaries[i]),
+            offset=offsets[i],
+            query_origin=query_origins[i],
+            query_extent=query_extents[i],
+            key_origin=key_origins[i],
+            key_extent=key_extents[i],
+        )
+        if axis.kernel_size == -1:
+            if axis.dilation != 1:
+                raise wrong(
+                    f"dilation[{i}]", axis.dilation, f"1 with kernel_size[{i}] = -1, the whole axis"
+                )
+            axis = axis._replace(kernel_size=axis.extent, boundary=_SHIFT)
+        _check_axis(i, axis)
+        if grid is not None:
+            _check_box(i, "query", axis.extent, axis.query_origin, axis.query_extent)
+            _check_box(i, "key", axis.extent, axis.key_origin, axis.key_extent)
+        axes.append(_only_queries(i, axis) if axis.boundary == _VALID else axis)
+        if key_extents[i] != axis.extent:
+            _check_keys(i, axes[i])
+
+    if rpb is not None:
+        shape = (common.heads, *(2 * axis.kernel_size - 1 for axis in axes))
+        if tuple(rpb.shape) != shape:
+            raise wrong(
+                "rpb.shape", tuple(rpb.shape), f"{shape}, which is [heads, *(2 * kernel_size - 1)]"
+            )
+        if not rpb.dtype.is_floating_point:
+            raise wrong("rpb.dtype", rpb.dtype, "a floating point type", "convert it")
+        if rpb.device != query.device:
+            raise wrong("rpb.device", rpb.device, f"{query.device}, as the query", "move one")
+    return _problem(query, common, tuple(axes), query_origins, has_rpb=rpb is not None)
+
+
+def _only_queries(i: int, axis: Axis) -> Axis:
+    """`axis` with its query box narrowed to the tokens that have a whole window."""
+    whole = axis._replace(query_origin=0, query_extent=axis.extent)
+    begin, end = _valid_queries(*_constants(whole))
+    if begin == end:
+        raise wrong(
+            f"kernel_size[{i}], dilation[{i}]",
+            f"{axis.kernel_size}, {axis.dilation}",
+            f"a window that fits into the {axis.extent} tokens of axis {i}",
+            "boundary 'valid' leaves no query here",
+        )
+    begin, end = _valid_queries(*_constants(axis))
+    return axis._replace(query_origin=begin, query_extent=end - begin)
+
+
+def _check_keys(i: int, axis: Axis) -> None:
+    first, last = _attended_tokens(*_constants(axis))
+    if first <= last and (first < axis.key_origin or last >= axis.key_origin + axis.key_extent):
+        raise wrong(
+            f"key_origin[{i}]",
+            f"{axis.key_origin} with {axis.key_extent} tokens",
+            f"a key box that holds tokens {first} to {last} of the grid",
+            "the windows of the queries reach that far",
+        )
+
+
+def normalize_dense(
+    query: TensorInfo, key: TensorInfo, value: TensorInfo, is_causal: bool, scale: float | None
+) -> Problem:
+    """Turns the arguments of a dense attention call into a problem: one axis, and a window as wide as it.
+
+    The axis is as long as the longer of both sequences; where that is the query's, the kernels clip the windows
+    to the keys that exist.
+    """
+    if len(query.shape) != 4:
+        raise wrong("query.ndim", len(query.shape), "4: [batch, sequence, heads, head_dim]")
+    common = _check_tensors(query, key, value, None, None, scale)
+    length, key_length = query.shape[1], key.shape[1]
+    if value.shape[1] != key_length:
+        raise wrong("value.shape[1]", value.shape[1], f"{key_length}, the key's length")
+    extent = max(length, key_length, 1)
+    axis = Axis(
+        extent=extent,
+        kernel_size=extent,
+        is_causal=int(_boolean("is_causal", is_causal)),
+        query_extent=length,
+        key_extent=key_length,
+    )
+    return _problem(query, common, (axis,), (0,), has_rpb=False)
+
+
+def _problem(
+    query: TensorInfo,
+    common: _Common,
+    axes: tuple[Axis, ...],
+    query_origins: tuple[int, ...],
+    *,
+    has_rpb: bool,
+) -> Problem:
+    return Problem(
+        dtype=query.dtype,
+        device=query.device,
+        axes=axes,
+        skipped=tuple(axis.query_origin - origin for axis, origin in zip(axes, query_origins, strict=True)),
+        batch=common.batch,
+        heads=common.heads,
+        heads_kv=common.heads_kv,
+        head_dim=common.head_dim,
+        head_dim_value=common.head_dim_value,
+        additional_keys=common.additional_keys,
+        has_rpb=has_rpb,
+        scale=common.scale,
+        flat_axes=tuple(number for axis in axes for number in axis),
+    )

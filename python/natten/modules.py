@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: MIT
+"""Neighborhood attention as modules: projections, attention, projection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natten._problem import BoolPerAxis, IntPerAxis, StrPerAxis, per_axis, wrong
+from natten.functional import neighborhood_attention_generic
+
+
+class _NeighborhoodAttention(nn.Module):
+    rank: int
+
+    def __init__(
+        self,
+        dim: int | None = None,
+        num_heads: int | None = None,
+        kernel_size: IntPerAxis | None = None,
+        stride: IntPerAxis | None = 1,
+        dilation: IntPerAxis | None = 1,
+        is_causal: BoolPerAxis | None = False,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        proj_drop: float = 0.0,
+        *,
+        rel_pos_bias: bool = False,
+        attn_drop: float = 0.0,
+        embed_dim: int | None = None,
+        bias: bool | None = None,
+        boundary: StrPerAxis = "shift",
+        offset: IntPerAxis = 0,
+        backend: str | None = None,
+        use_experimental_ops: bool = False,
+    ) -> None:
+        super().__init__()
+        dim = _one_of("dim", dim, "embed_dim", embed_dim)
+        num_heads = _positive("num_heads", num_heads)
+        if dim % num_heads != 0:
+            raise wrong("dim", dim, f"a multiple of {num_heads}, num_heads")
+        if kernel_size is None:
+            raise wrong("kernel_size", None, "an integer, or one per axis")
+        if bias is not None:
+            rel_pos_bias = bias
+
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
+        self.kernel_size = per_axis("kernel_size", kernel_size, self.rank)
+        self.stride = per_axis("stride", 1 if stride is None else stride, self.rank)
+        self.dilation = per_axis("dilation", 1 if dilation is None else dilation, self.rank)
+        self.is_causal = per_axis("is_causal", False if is_causal is None else is_causal, self.rank)
+        self.boundary = boundary
+        self.offset = offset
+        self.backend = backend
+        self.attn_drop_rate = attn_drop
+
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.rpb: nn.Parameter | None
+        if rel_pos_bias:
+            if any(size < 1 for size in self.kernel_size):
+                raise wrong("kernel_size", kernel_size, "at least 1 on every axis with rel_pos_bias=True")
+            entries = (2 * size - 1 for size in self.kernel_size)
+            self.rpb = nn.Parameter(torch.zeros(num_heads, *entries))
+            nn.init.trunc_normal_(self.rpb, std=0.02, mean=0.0, a=-2.0, b=2.0)
+        else:
+            self.register_parameter("rpb", None)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attends.
+
+        Args:
+            x: ``[batch, *grid, dim]``.
+
+        Returns:
+            A tensor of the same shape (with boundary "valid", of a smaller grid).
+
+        Raises:
+            ValueError: If `x` has the wrong shape, or is too small for the window.
+            NotImplementedError: If the module trains with `attn_drop`.
+        """
+        if x.dim() != self.rank + 2:
+            raise wrong(
+                f"{type(self).__name__}: x.ndim", x.dim(), f"{self.rank + 2}: [batch, *grid, channels]"
+            )
+        if x.shape[-1] != self.qkv.in_features:
+            raise wrong(f"{type(self).__name__}: x.shape[-1]", x.shape[-1], f"{self.qkv.in_features}")
+        if self.training and self.attn_drop_rate > 0:
+            message = (
+                f"attn_drop = {self.attn_drop_rate}: dropout of attention weights needs weights in memory, which fused "
+                "attention does not have; train with attn_drop=0.0 (evaluation ignores it)"
+            )
+            raise NotImplementedError(message)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        query, key, value = qkv.unbind(-3)
+        attended = neighborhood_attention_generic(
+            query,
+            key,
+            value,
+            self.kernel_size,
+            self.stride,
+            self.dilation,
+            self.is_causal,
+            self.scale,
+            backend=self.backend,
+            rpb=self.rpb,
+            boundary=self.boundary,
+            offset=self.offset,
+        )
+        assert isinstance(attended, Tensor)
+        projected: Tensor = self.proj_drop(self.proj(attended.flatten(-2)))
+        return projected
+
+    def extra_repr(self) -> str:
+        """What is printed between the module's parentheses."""
+        parts: dict[str, Any] = {
+            "num_heads": self.num_heads,
+            "head_dim": self.head_dim,
+            "kernel_size": self.kernel_size,
+            "stride": self.stride,
+            "dilation": self.dilation,
+            "is_causal": self.is_causal,
+            "rel_pos_bias": self.rpb is not None,
+        }
+        return ", ".join(f"{name}={value}" for name, value in parts.items())
+
+
+def _positive(name: str, value: int | None) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise wrong(name, value, "an integer of at least 1")
+    return value
+
+
+def _one_of(name: str, value: int | None, other: str, other_value: int | None) -> int:
+    if value is not None and other_value is not None:
+        raise wrong(other, other_value, f"nothing, as {name} is given", "they mean the same")
+    return _positive(f"{name} (or {other})", value if other_value is None else other_value)
+
+
+_DOC = """Neighborhood attention on {what}, with projections.
+
+    Checkpoints of both generations of the package load: the keys are ``qkv.*``, ``proj.*`` and, with a bias, ``rpb``.
+    Beyond kernel_size, pass arguments by keyword: the generations order them differently. This is the newer one's
+    order; what only the older one has is keyword-only.
+
+    Args:
+        dim: Channels of input and output; a multiple of num_heads. ``embed_dim`` means the same.
+        num_heads: Number of heads.
+        kernel_size: Tokens in the window, one number or one per axis.
+        stride: That many consecutive queries share a window, per axis.
+        dilation: Distance between the tokens of a window, per axis. None means 1.
+        is_causal: Whether queries attend to no later token, per axis.
+        qkv_bias: Whether the projection to query, key and value has a bias.
+        qk_scale: Factor of the logits. None means ``head_dim ** -0.5``.
+        proj_drop: Dropout of the output.
+        rel_pos_bias: Whether to learn a bias per head and relative position. ``bias`` means the same.
+        attn_drop: Dropout of attention weights: must be 0.0 in training.
+        embed_dim: See dim.
+        bias: See rel_pos_bias.
+        boundary: What happens at the ends of an axis, see `natten.functional.neighborhood_attention_generic`.
+        offset: See there.
+        backend: See there.
+        use_experimental_ops: Accepted for compatibility, without effect.
+
+    Raises:
+        ValueError: If an argument is wrong.
+
+    Example:
+        >>> import natten, torch
+        >>> module = natten.NeighborhoodAttention{rank}D(dim=64, num_heads=4, kernel_size=3)
+        >>> module(torch.randn({shape}, 64)).shape
+        torch.Size([{shape}, 64])
+    """
+
+
+class NeighborhoodAttention1D(_NeighborhoodAttention):
+    __doc__ = _DOC.format(what="a sequence: input ``[batch, length, dim]``", rank=1, shape="2, 16")
+    rank = 1
+
+
+class NeighborhoodAttention2D(_NeighborhoodAttention):
+    __doc__ = _DOC.format(
+        what="a feature map: input ``[batch, height, width, dim]``", rank=2, shape="2, 8, 8"
+    )
+    rank = 2
+
+
+class NeighborhoodAttention3D(_NeighborhoodAttention):
+    __doc__ = _DOC.format(
+        what="a volume: input ``[batch, depth, height, width, dim]``", rank=3, shape="2, 4, 8, 8"
+    )
+    rank = 3

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: MIT
+"""The definition of neighborhood attention in plain torch operations: the oracle of all tests.
+
+Any device, any floating point type, differentiable to any order. Queries are taken in chunks, so that memory is that
+of a chunk's windows and not of the whole attention matrix. Which keys a query attends to is asked of the compiled
+core, the only place that knows windows.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from natten import _C
+
+AXIS_INTS = len(_C.AXIS_FIELDS)
+_KERNEL_SIZE = _C.AXIS_FIELDS.index("kernel_size")
+_DILATION = _C.AXIS_FIELDS.index("dilation")
+_QUERY_ORIGIN = _C.AXIS_FIELDS.index("query_origin")
+_QUERY_EXTENT = _C.AXIS_FIELDS.index("query_extent")
+_KEY_ORIGIN = _C.AXIS_FIELDS.index("key_origin")
+_KEY_EXTENT = _C.AXIS_FIELDS.index("key_extent")
+# Gathered numbers per chunk: 64 MiB in float32.
+_CHUNK_NUMBERS = 1 << 24
+
+
+@dataclass(frozen=True)
+class _AxisTable:
+    """What the queries of one axis attend to, in slots: as many as the widest window has keys."""
+
+    keys: Tensor  # [query, slot] token of the key tensor, 0 where the slot is empty
+    present: Tensor  # [query, slot] whether the slot holds a key
+    bias: Tensor  # [query, slot] index into the bias table, 0 where the slot is empty
+    counted: Tensor  # [query] keys that the softmax counts, missing ones of boundary "zeros" too
+
+
+@functools.lru_cache(maxsize=64)
+def _axis_table(axis: tuple[int, ...]) -> _AxisTable:
+    # On the CPU: a table is a few numbers per query of one axis. It outlives the transforms it is first asked for in.
+    with torch.inference_mode(mode=False), torch.no_grad(), torch._C._DisableFuncTorch():
+        rows = torch.tensor(_C.windows(axis), dtype=torch.int64, device="cpu").reshape(-1, 4)
+        group, begin, end, counted = rows.unbind(1)
+        dilation = axis[_DILATION]
+        tokens = axis[_QUERY_ORIGIN] + torch.arange(len(rows), device="cpu")
+        width = int((end - begin).max()) if len(rows) else 0
+        keys = begin[:, None] + torch.arange(width, device="cpu")
+        present = keys < end[:, None]
+        bias = keys - (tokens // dilation)[:, None] + axis[_KERNEL_SIZE] - 1
+        keys = keys * dilation + group[:, None] - axis[_KEY_ORIGIN]
+        return _AxisTable(
+            keys=keys.where(present, 0),
+            present=present,
+            bias=bias.where(present, 0),
+            counted=counted,
+        )
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A run of queries, row-major over the grid, and the keys they attend to, row-major over the window."""
+
+    queries: slice
+    keys: Tensor  # [query, slot]
+    present: Tensor  # [query, slot]
+    bias: Tensor  # [query, slot] index into the flattened bias table
+    missing: Tensor  # [query] keys that count as logit 0 and value 0
+
+
+def _chunks(axes: list[tuple[int, ...]], numbers_per_slot: int, device: torch.device) -> Iterator[_Chunk]:
+    tables = [_axis_table(axis) for axis in axes]
+    extents = [axis[_QUERY_EXTENT] for axis in axes]
+    count = math.prod(extents)
+    slots = math.prod(table.keys.shape[1] for table in tables)
+    size = max(1, _CHUNK_NUMBERS // max(1, slots * numbers_per_slot))
+    for begin in range(0, count, size):
+        flat = torch.arange(begin, min(begin + size, count), device="cpu")
+        rest, places = flat, []
+        for extent in reversed(extents):
+            places.append(rest % extent)
+            rest = rest // extent
+        places.reverse()
+        keys = bias = flat.new_zeros(len(flat), 1)
+        present = torch.ones(len(flat), 1, dtype=torch.bool, device="cpu")
+        counted = torch.ones_like(flat)
+        for axis, table, place in zip(axes, tables, places, strict=True):
+            keys = (keys[:, :, None] * axis[_KEY_EXTENT] + table.keys[place][:, None]).flatten(1)
+            width = 2 * axis[_KERNEL_SIZE] - 1
+            bias = (bias[:, :, None] * width + table.bias[place][:, None]).flatten(1)
+            present = (present[:, :, None] & table.present[place][:, None]).flatten(1)
+            counted = counted * table.counted[place]
+        yield _Chunk(
+            queries=slice(begin, begin + len(flat)),
+            keys=keys.where(present, 0).to(device),
+            present=present.to(device),
+            bias=bias.where(present, 0).to(device),
+            missing=(counted - present.sum(1)).to(device),
+        )
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """The tensors of a problem in the type that is computed in, with the grid as one dim."""
+
+    query: Tensor  # [batch, query, heads_kv, group, head_dim]
+    key: Tensor  # [batch, key, heads_kv, head_dim]
+    value: Tensor  # [batch, key, heads_kv, head_dim_value]
+    additional_keys: Tensor | None  # [batch, token, heads_kv, head_dim]
+    additional_values: Tensor | None  # [batch, token, heads_kv, head_dim_value]
+    rpb: Tensor | None  # [heads_kv, group, entry]
+    axes: list[tuple[int, ...]]
+    scale: float
+
+    def chunks(self) -> Iterator[_Chunk]:
+        batch, _, heads_kv, group, head_dim = self.query.shape
+        numbers = batch * heads_kv * max(head_dim, self.value.shape[-1], group)
+        return _chunks(self.axes, numbers, self.query.device)
+
+    def gather(self, tensor: Tensor, chunk: _Chunk) -> Tensor:
+        """[batch, query, slot, heads_kv, head_dim]; zero in empty slots, so that nothing leaks out of them."""
+        gathered = tensor[:, chunk.keys]
+        return gathered.masked_fill(~chunk.present[..., None, None], 0)
+
+    @staticmethod
+    def scatter(target: Tensor, chunk: _Chunk, gathered: Tensor) -> Tensor:
+        """`target` plus what `gather` would have gathered from it; empty slots are passed over."""
+        kept = gathered.masked_fill(~chunk.present[..., None, None], 0)
+        return target.index_add(1, chunk.keys.flatten(), kept.flatten(1, 2))
+
+    def weights(self, chunk: _Chunk, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Softmax of the chunk [batch, query, heads_kv, group, slot + token], and its LSE [..., group]."""
+        query = self.query[:, chunk.queries]
+        logits = torch.einsum("bqhgd,bqwhd->bqhgw", query, keys) * self.scale
+        if self.rpb is not None:
+            logits = logits + self.rpb[:, :, chunk.bias].permute(2, 0, 1, 3)
+        logits = logits.masked_fill(~chunk.present[:, None, None], -math.inf)
+        if self.additional_keys is not None:
+            dense = torch.einsum("bqhgd,bnhd->bqhgn", query, self.additional_keys) * self.scale
+            logits = torch.cat([logits, dense], dim=-1)
+        missing = chunk.missing[:, None, None]
+        # Softmax does not change with what is subtracted: no gradient needs to flow through it.
+        if logits.shape[-1] == 0:
+            shift = logits.new_zeros(logits.shape[:-1])
+        else:
+            shift = logits.detach().amax(dim=-1)
+            shift = torch.where(missing > 0, shift.clamp(min=0), shift)
+            shift = shift.masked_fill(shift == -math.inf, 0)
+        exponentials = (logits - shift[..., None]).exp()
+        total = exponentials.sum(dim=-1) + missing * (-shift).exp()
+        # No key at all: weights 0 and LSE -inf, and no NaN on the way back.
+        alone = total == 0
+        total = total.masked_fill(alone, 1)
+        lse = (shift + total.log()).masked_fill(alone, -math.inf)
+        return exponentials / total[..., None], lse
+
+
+def _operands(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    rpb: Tensor | None,
+    flat_axes: tuple[int, ...],
+    scale: float,
+) -> _Operands:
+    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
+    rank = len(flat_axes) // AXIS_INTS
+    heads_kv = key.shape[-2]
+    group = query.shape[-2] // heads_kv
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(compute)
+
+    return _Operands(
+        query=query.to(compute).flatten(1, rank).unflatten(-2, (heads_kv, group)),
+        key=key.to(compute).flatten(1, rank),
+        value=value.to(compute).flatten(1, rank),
+        additional_keys=cast(additional_keys),
+        additional_values=cast(additional_values),
+        rpb=None if rpb is None else rpb.to(compute).flatten(1).unflatten(0, (heads_kv, group)),
+        axes=[flat_axes[i : i + AXIS_INTS] for i in range(0, len(flat_axes), AXIS_INTS)],
+        scale=scale,
+    )
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    rpb: Tensor | None,
+    flat_axes: tuple[int, ...],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output [batch, *grid, heads, head_dim_value] and LSE [batch, *grid, heads] of a problem.
+
+    Arguments as those of the op ``natten::forward``.
+    """
+    o = _operands(query, key, value, additional_keys, additional_values, rpb, flat_axes, scale)
+    outputs, lses = [], []
+    for chunk in o.chunks():
+        weights, lse = o.weights(chunk, o.gather(o.key, chunk))
+        slots = chunk.keys.shape[1]
+        output = torch.einsum("bqhgw,bqwhd->bqhgd", weights[..., :slots], o.gather(o.value, chunk))
+        if o.additional_values is not None:
+            output = output + torch.einsum(
+                "bqhgn,bnhd->bqhgd", weights[..., slots:], o.additional_values
+            )
+        outputs.append(output)
+        lses.append(lse)
+    grid = query.shape[:-1]
+    if not outputs:
+        return query.new_zeros(*grid, value.shape[-1]), o.query.new_zeros(grid)
+    return (
+        torch.cat(outputs, dim=1).reshape(*grid, value.shape[-1]).to(query.dtype),
+        torch.cat(lses, dim=1).reshape(grid),
+    )
+
+
+def backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    rpb: Tensor | None,
+    d_output: Tensor,
+    d_lse: Tensor | None,
+    flat_axes: tuple[int, ...],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `forward` for query, key, value, additional_keys, additional_values and rpb.
+
+    Written out, and not left to autograd, so that it too needs the memory of one chunk only. Differentiable itself.
+    """
+    o = _operands(query, key, value, additional_keys, additional_values, rpb, flat_axes, scale)
+    d_outputs = d_output.to(o.query.dtype).reshape(*o.query.shape[:-1], value.shape[-1])
+    d_queries = []
+    d_key, d_value = torch.zeros_like(o.key), torch.zeros_like(o.value)
+    d_more_keys = None if o.additional_keys is None else torch.zeros_like(o.additional_keys)
+    d_more_values = None if o.additional_values is None else torch.zeros_like(o.additional_values)
+    d_rpb = None if o.rpb is None else torch.zeros_like(o.rpb)
+    for chunk in o.chunks():
+        keys, values = o.gather(o.key, chunk), o.gather(o.value, chunk)
+        weights, _ = o.weights(chunk, keys)
+        slots = chunk.keys.shape[1]
+        chunk_query, d_out = o.query[:, chunk.queries], d_outputs[:, chunk.queries]
+        d_weights = torch.einsum("bqhgd,bqwhd->bqhgw", d_out, values)
+        if o.additional_values is not None:
+            dense = torch.einsum("bqhgd,bnhd->bqhgn", d_out, o.additional_values)
+            d_weights = torch.cat([d_weights, dense], dim=-1)
+        delta = (weights * d_weights).sum(dim=-1, keepdim=True)
+        if d_lse is not None:
+            d_lses = d_lse.to(delta.dtype).reshape(o.query.shape[:-1])
+            delta = delta - d_lses[:, chunk.queries, ..., None]
+        d_logits = weights * (d_weights - delta)
+        # An empty slot's weight is 0, but not 0 times a NaN of the query's own.
+        window = d_logits[..., :slots].masked_fill(~chunk.present[:, None, None], 0)
+        d_query = torch.einsum("bqhgw,bqwhd->bqhgd", window, keys)
+        d_key = o.scatter(d_key, chunk, torch.einsum("bqhgw,bqhgd->bqwhd", window, chunk_query))
+        d_value = o.scatter(
+            d_value, chunk, torch.einsum("bqhgw,bqhgd->bqwhd", weights[..., :slots], d_out)
+        )
+        if d_rpb is not None:
+            d_rpb = d_rpb.index_add(
+                2, chunk.bias.flatten(), window.sum(dim=0).permute(1, 2, 0, 3).flatten(2)
+            )
+        if o.additional_keys is not None and d_more_keys is not None and d_more_values is not None:
+            dense = d_logits[..., slots:]
+            d_query = d_query + torch.einsum("bqhgn,bnhd->bqhgd", dense, o.additional_keys)
+            d_more_keys = d_more_keys + torch.einsum("bqhgn,bqhgd->bnhd", dense, chunk_query)
+            d_more_values = d_more_values + torch.einsum(
+                "bqhgn,bqhgd->bnhd", weights[..., slots:], d_out
+            )
+        d_queries.append(d_query)
+
+    def like(gradient: Tensor | None, tensor: Tensor | None, factor: float = 1.0) -> Tensor | None:
+        if gradient is None or tensor is None:
+            return None
+        return (gradient * factor).reshape(tensor.shape).to(tensor.dtype)
+
+    d_query = torch.cat(d_queries, dim=1) if d_queries else torch.zeros_like(o.query)
+    return (
+        (d_query * scale).reshape(query.shape).to(query.dtype),
+        (d_key * scale).reshape(key.shape).to(key.dtype),
+        d_value.reshape(value.shape).to(value.dtype),
+        like(d_more_keys, additional_keys, scale),
+        like(d_more_values, additional_values),
+        like(d_rpb, rpb),
+    )
