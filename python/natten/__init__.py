@@ -18,6 +18,7 @@ except ImportError as error:
     )
     raise ImportError(message) from error
 
+from natten import _transforms  # noqa: F401  # what the ops are under autograd and vmap
 from natten._dispatch import use_backend
 from natten._problem import ArgumentError
 from natten.functional import (

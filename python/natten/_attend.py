@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from natten import _dispatch, _flex, _ops
-from natten._problem import Problem, TensorInfo, describe, normalize, normalize_dense
+from natten._problem import OperandInfos, Operands, Problem, normalize, normalize_dense
 
 
 class Plan(NamedTuple):
@@ -45,110 +45,84 @@ def _cached_plan(
     needs_grad: bool,
     backend: str,
     isa: str,
-    infos: tuple[TensorInfo | None, ...],
+    infos: OperandInfos,
     *keys: Any,
 ) -> Plan:
-    problem = normalizer(*infos, *map(_value, keys))
+    problem = normalizer(infos, *map(_value, keys))
     return Plan(problem, _dispatch.select(problem, needs_grad, backend, isa))
 
 
 def _plan(
     normalizer: Callable[..., Problem],
-    tensors: tuple[Tensor | None, ...],
-    infos: tuple[TensorInfo | None, ...],
+    operands: Operands,
     arguments: tuple[Any, ...],
     backend: str | None,
 ) -> Plan:
-    needs_grad = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)  # type: ignore[attr-defined]
+    infos = operands.describe()
+    needs_grad = _needs_grad(operands)
     if torch.compiler.is_compiling():
-        problem = normalizer(*infos, *arguments)
+        problem = normalizer(infos, *arguments)
         return Plan(problem, _dispatch.select_in_graph(problem, needs_grad, backend))
     name = _dispatch.backend_in_force() if backend is None else _dispatch.canonical(backend)
-    isa = _dispatch.forced_isa()
+    key = (normalizer, needs_grad, name, _dispatch.forced_isa(), infos, *map(_key, arguments))
     try:
-        return _cached_plan(normalizer, needs_grad, name, isa, infos, *map(_key, arguments))
+        return _cached_plan(*key)
     except TypeError:  # Something in the key cannot be hashed: a symbolic size, an array.
-        return _cached_plan.__wrapped__(normalizer, needs_grad, name, isa, infos, *map(_key, arguments))
+        return _cached_plan.__wrapped__(*key)
 
 
-def _autocast(tensor: Any, dtype: torch.dtype) -> Any:
-    if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
-        return tensor.to(dtype)
-    return tensor
+def _needs_grad(operands: Operands) -> bool:
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*operands)
 
 
-def _in_autocast(query: Any) -> torch.dtype | None:
-    """The type that autocast wants, if it is on for the device of `query`."""
-    if not isinstance(query, Tensor):
-        return None
-    device_type = query.device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return None
-    return torch.get_autocast_dtype(device_type)
+def _autocast(operands: Operands) -> Operands:
+    """The operands in the type that autocast wants, if it is on for their device; never those in float64."""
+    query, key, value, additional_keys, additional_values, rpb = operands
+    if not isinstance(query, Tensor) or query.device.type == "meta":
+        return operands
+    if not torch.is_autocast_enabled(query.device.type):
+        return operands
+    dtype = torch.get_autocast_dtype(query.device.type)
+
+    def cast(tensor: Any) -> Any:
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            return tensor
+        return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+    return Operands(
+        cast(query), cast(key), cast(value), cast(additional_keys), cast(additional_values), rpb
+    )
 
 
-def _run(plan: Plan, operands: _ops.Operands) -> tuple[Tensor, Tensor]:
+def _run(plan: Plan, operands: Operands) -> tuple[Tensor, Tensor]:
     problem = plan.problem
-    query, *others, rpb = operands
+    query = operands.query
     for dim, axis in enumerate(problem.axes, start=1):
         if axis.query_extent != query.shape[dim]:
             query = query.narrow(dim, problem.skipped[dim - 1], axis.query_extent)
+    if query is not operands.query:
+        operands = operands._replace(query=query)
     if plan.backend == "flex":
-        return _flex.forward(query, *others, problem.flat_axes, problem.scale)  # type: ignore[arg-type]
-    if rpb is not None:
-        rpb = rpb.to(_ops.lse_dtype(problem.dtype))
-    return _ops.attend((query, *others, rpb), problem.flat_axes, problem.scale, plan.backend)  # type: ignore[arg-type]
+        return _flex.forward(operands, problem.flat_axes, problem.scale)
+    if operands.rpb is not None:
+        operands = operands._replace(rpb=operands.rpb.to(_ops.lse_dtype(problem.dtype)))
+    return _ops.attend(operands, problem.flat_axes, problem.scale, plan.backend)
 
 
 def neighborhood(
-    rank: int | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    rpb: Tensor | None,
-    backend: str | None,
-    *arguments: Any,
+    rank: int | None, backend: str | None, operands: Operands, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE of neighborhood attention. `arguments` are those of `normalize`, from kernel_size on."""
-    dtype = _in_autocast(query)
-    if dtype is not None:
-        query, key, value, additional_keys, additional_values = (
-            _autocast(t, dtype) for t in (query, key, value, additional_keys, additional_values)
-        )
-    operands = (query, key, value, additional_keys, additional_values, rpb)
-    return _run(_plan(normalize, operands, _infos(*operands), (rank, *arguments), backend), operands)
+    operands = _autocast(operands)
+    return _run(_plan(normalize, operands, (rank, *arguments), backend), operands)
 
 
 def dense(
-    query: Tensor, key: Tensor, value: Tensor, backend: str | None, is_causal: bool, scale: float | None
+    backend: str | None, operands: Operands, is_causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE of dense attention."""
-    dtype = _in_autocast(query)
-    if dtype is not None:
-        query, key, value = (_autocast(tensor, dtype) for tensor in (query, key, value))
-    infos = (describe("query", query), describe("key", key), describe("value", value))
-    plan = _plan(normalize_dense, (query, key, value), infos, (is_causal, scale), backend)
-    return _run(plan, (query, key, value, None, None, None))
-
-
-def _infos(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    rpb: Tensor | None,
-) -> tuple[TensorInfo | None, ...]:
-    return (
-        describe("query", query),
-        describe("key", key),
-        describe("value", value),
-        None if additional_keys is None else describe("additional_keys", additional_keys),
-        None if additional_values is None else describe("additional_values", additional_values),
-        None if rpb is None else describe("rpb", rpb),
-    )
+    operands = _autocast(operands)
+    return _run(_plan(normalize_dense, operands, (is_causal, scale), backend), operands)
 
 
 @dataclass(frozen=True)
@@ -171,13 +145,10 @@ class Explanation:
         return "\n".join([f"backend {self.backend!r}:", *lines])
 
 
-def explain(
-    operands: _ops.Operands, rank: int | None, backend: str | None, *arguments: Any
-) -> Explanation:
+def explain(backend: str | None, operands: Operands, *arguments: Any) -> Explanation:
     """What would run the problem. `arguments` are those of `normalize`, from kernel_size on."""
     name = _dispatch.backend_in_force() if backend is None else _dispatch.canonical(backend)
-    problem = normalize(*_infos(*operands), rank, *arguments)
-    needs_grad = torch.is_grad_enabled() and torch._C._any_requires_grad(*operands)  # type: ignore[attr-defined]
-    found = tuple(_dispatch.candidates(problem, needs_grad, _dispatch.forced_isa()))
+    problem = normalize(operands.describe(), None, *arguments)
+    found = _dispatch.candidates(problem, _needs_grad(operands), _dispatch.forced_isa())
     asked = (c for c in found if name in ("auto", c.backend) and not c.reasons)
-    return Explanation(found, name, next(asked, None))
+    return Explanation(tuple(found), name, next(asked, None))

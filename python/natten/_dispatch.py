@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 
 from natten import _C, _flex
-from natten._problem import Problem, wrong
+from natten._problem import Problem, reject
 
 # In order of preference.
 _COMPILED = tuple(dict.fromkeys(kernel.backend for kernel in _C.kernels()))
@@ -36,7 +36,7 @@ def canonical(name: str) -> str:
     name = _ALIASES.get(name, name)
     if name not in BACKENDS:
         known = ", ".join(map(repr, (*BACKENDS, *_ALIASES)))
-        raise wrong("backend", repr(name), f"one of {known}")
+        reject("backend", repr(name), f"one of {known}")
     return name
 
 
@@ -137,7 +137,8 @@ def kernel_for(
         if not reasons:
             return problem, kernel.name
     raise _nothing_runs(
-        backend, [Candidate(kernel.backend, kernel.name, tuple(reasons)) for kernel, reasons in rows]
+        backend,
+        [Candidate(kernel.backend, kernel.name, tuple(reasons)) for kernel, reasons in rows],
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from natten import _C
+from natten._problem import Operands
 
 _AXIS_INTS = len(_C.AXIS_FIELDS)
 _DILATION = _C.AXIS_FIELDS.index("dilation")
@@ -65,10 +66,13 @@ def _tables(flat_axes: tuple[int, ...], device: torch.device) -> tuple[_AxisTabl
     for first in range(0, len(flat_axes), _AXIS_INTS):
         axis = flat_axes[first : first + _AXIS_INTS]
         rows = torch.tensor(_C.windows(axis), device=device).reshape(-1, 4)
-        columns = [column.contiguous() for column in rows.unbind(1)]
+        group, begin, end, counted = (column.contiguous() for column in rows.unbind(1))
         tables.append(
             _AxisTable(
-                *columns,
+                group,
+                begin,
+                end,
+                counted,
                 dilation=axis[_DILATION],
                 query_extent=axis[_QUERY_EXTENT],
                 key_origin=axis[_KEY_ORIGIN],
@@ -146,18 +150,11 @@ def _missing(tables: tuple[_AxisTable, ...]) -> Tensor:
     return counted - present
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    flat_axes: tuple[int, ...],
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def forward(operands: Operands, flat_axes: tuple[int, ...], scale: float) -> tuple[Tensor, Tensor]:
     """Output [batch, *grid, heads, head_dim_value] and LSE [batch, *grid, heads] of a problem."""
     from torch.nn.attention.flex_attention import AuxRequest
 
+    query, key, value, additional_keys, additional_values, _ = operands
     rank = query.dim() - 3
     grid = query.shape[:-1]
     additional = 0 if additional_keys is None else additional_keys.shape[1]

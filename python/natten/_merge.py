@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from natten._problem import wrong
+from natten._problem import reject
 
 
 def merge_attentions(
@@ -57,7 +57,10 @@ def merge_attentions(
     nowhere = total == 0
     total = total.masked_fill(nowhere, 1)
     merged = sum(
-        (output.to(compute) * weight[..., None] for output, weight in zip(outputs, weights, strict=True)),
+        (
+            output.to(compute) * weight[..., None]
+            for output, weight in zip(outputs, weights, strict=True)
+        ),
         start=torch.zeros((), dtype=compute, device=total.device),
     )
     lse = (shift + total.log()).masked_fill(nowhere, -torch.inf)
@@ -66,20 +69,30 @@ def merge_attentions(
 
 def _check(outputs: Sequence[Tensor], lse_tensors: Sequence[Tensor]) -> None:
     if len(outputs) == 0:
-        raise wrong("outputs", "empty", "at least one part")
+        reject("outputs", "empty", "at least one part")
     if len(outputs) != len(lse_tensors):
-        raise wrong("lse_tensors", f"{len(lse_tensors)} tensors", f"{len(outputs)}, one per output")
+        reject("lse_tensors", f"{len(lse_tensors)} tensors", f"{len(outputs)}, one per output")
     first, first_lse = outputs[0], lse_tensors[0]
     for i, (output, lse) in enumerate(zip(outputs, lse_tensors, strict=True)):
-        if output.shape != first.shape or output.dtype != first.dtype or output.device != first.device:
-            raise wrong(
+        if (
+            output.shape != first.shape
+            or output.dtype != first.dtype
+            or output.device != first.device
+        ):
+            reject(
                 f"outputs[{i}]",
                 f"{tuple(output.shape)}, {output.dtype}, {output.device}",
                 f"{tuple(first.shape)}, {first.dtype}, {first.device}, as outputs[0]",
             )
         if lse.shape != first.shape[:-1]:
-            raise wrong(
-                f"lse_tensors[{i}].shape", tuple(lse.shape), f"{tuple(first.shape[:-1])}, the output's without head_dim"
+            reject(
+                f"lse_tensors[{i}].shape",
+                tuple(lse.shape),
+                f"{tuple(first.shape[:-1])}, the output's without head_dim",
             )
         if lse.dtype != first_lse.dtype or not lse.is_floating_point():
-            raise wrong(f"lse_tensors[{i}].dtype", lse.dtype, f"a floating point type, {first_lse.dtype} as the first")
+            reject(
+                f"lse_tensors[{i}].dtype",
+                lse.dtype,
+                f"a floating point type, {first_lse.dtype} as the first",
+            )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -35,9 +35,11 @@ class ArgumentError(ValueError, RuntimeError):
     """
 
 
-def wrong(argument: str, value: object, wanted: str, remedy: str = "") -> ArgumentError:
-    """The error for `argument`: what it was, what is wanted, and what to do about it."""
-    return ArgumentError(f"{argument} = {value}; wanted {wanted}" + (f": {remedy}" if remedy else ""))
+def reject(argument: str, value: object, wanted: str, remedy: str = "") -> NoReturn:
+    """Raises the error for `argument`: what it was, what is wanted, and what to do about it."""
+    advice = f": {remedy}" if remedy else ""
+    message = f"{argument} = {value}; wanted {wanted}{advice}"
+    raise ArgumentError(message)
 
 
 class Axis(NamedTuple):
@@ -62,6 +64,37 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+
+
+class Operands(NamedTuple):
+    """The tensors of a problem."""
+
+    query: Tensor  # [batch, *grid, heads, head_dim]
+    key: Tensor  # [batch, *grid, heads_kv, head_dim]
+    value: Tensor  # [batch, *grid, heads_kv, head_dim_value]
+    additional_keys: Tensor | None = None  # [batch, token, heads_kv, head_dim]
+    additional_values: Tensor | None = None  # [batch, token, heads_kv, head_dim_value]
+    rpb: Tensor | None = None  # [heads, *(2 * kernel_size - 1)]
+
+    def describe(self) -> OperandInfos:
+        """What the problem depends on of them."""
+        return (
+            _describe("query", self.query),
+            _describe("key", self.key),
+            _describe("value", self.value),
+            None
+            if self.additional_keys is None
+            else _describe("additional_keys", self.additional_keys),
+            None
+            if self.additional_values is None
+            else _describe("additional_values", self.additional_values),
+            None if self.rpb is None else _describe("rpb", self.rpb),
+        )
+
+
+OperandInfos: TypeAlias = tuple[
+    TensorInfo, TensorInfo, TensorInfo, TensorInfo | None, TensorInfo | None, TensorInfo | None
+]
 
 
 @dataclass(frozen=True)
@@ -95,10 +128,10 @@ class Problem:
         return len(self.axes)
 
 
-def describe(name: str, tensor: Tensor) -> TensorInfo:
-    """What a problem depends on of `tensor`; sparse and nested ones are turned away."""
+def _describe(name: str, tensor: Tensor) -> TensorInfo:
+    # Sparse and nested tensors are turned away here: they have no strides to look at.
     if not isinstance(tensor, Tensor):
-        raise wrong(name, type(tensor).__name__, "a torch.Tensor")
+        reject(name, type(tensor).__name__, "a torch.Tensor")
     if tensor.is_nested or tensor.layout is not torch.strided:
         message = f"{name} is a nested or sparse tensor; only dense tensors are implemented"
         raise NotImplementedError(message)
@@ -127,41 +160,41 @@ def _check_tensors(
     scale: float | None,
 ) -> _Common:
     if query.dtype not in DTYPES:
-        raise wrong("query.dtype", query.dtype, f"one of {', '.join(map(str, DTYPES))}", "convert it")
+        reject("query.dtype", query.dtype, f"one of {', '.join(map(str, DTYPES))}", "convert it")
     others = [("key", key), ("value", value)]
     if (additional_keys is None) != (additional_values is None):
         absent = "additional_keys" if additional_keys is None else "additional_values"
-        raise wrong(absent, None, "a tensor", "pass additional_keys and additional_values together")
+        reject(absent, None, "a tensor", "pass additional_keys and additional_values together")
     if additional_keys is not None and additional_values is not None:
         others += [("additional_keys", additional_keys), ("additional_values", additional_values)]
     for name, other in others:
         if other.dtype != query.dtype:
-            raise wrong(f"{name}.dtype", other.dtype, f"{query.dtype}, as the query", "convert one")
+            reject(f"{name}.dtype", other.dtype, f"{query.dtype}, as the query", "convert one")
         if other.device != query.device:
-            raise wrong(f"{name}.device", other.device, f"{query.device}, as the query", "move one")
+            reject(f"{name}.device", other.device, f"{query.device}, as the query", "move one")
         rank = len(query.shape) if name in ("key", "value") else 4
         if len(other.shape) != rank:
-            raise wrong(f"{name}.ndim", len(other.shape), f"{rank}", "unsqueeze or reshape it")
+            reject(f"{name}.ndim", len(other.shape), f"{rank}", "unsqueeze or reshape it")
         if other.shape[0] != query.shape[0]:
-            raise wrong(f"{name}.shape[0]", other.shape[0], f"{query.shape[0]}, the query's batch size")
+            reject(f"{name}.shape[0]", other.shape[0], f"{query.shape[0]}, the query's batch size")
     heads, heads_kv = query.shape[-2], key.shape[-2]
     if heads == 0:
-        raise wrong("query.shape[-2]", heads, "at least 1 head")
+        reject("query.shape[-2]", heads, "at least 1 head")
     if heads_kv == 0 or heads % heads_kv != 0:
-        raise wrong("key.shape[-2]", heads_kv, f"a divisor of {heads}, the query's number of heads")
+        reject("key.shape[-2]", heads_kv, f"a divisor of {heads}, the query's number of heads")
     if value.shape[-2] != heads_kv:
-        raise wrong("value.shape[-2]", value.shape[-2], f"{heads_kv}, the key's number of heads")
+        reject("value.shape[-2]", value.shape[-2], f"{heads_kv}, the key's number of heads")
     if query.shape[-1] == 0:
-        raise wrong("query.shape[-1]", 0, "a head dim of at least 1")
+        reject("query.shape[-1]", 0, "a head dim of at least 1")
     if value.shape[-1] == 0:
-        raise wrong("value.shape[-1]", 0, "a head dim of at least 1")
+        reject("value.shape[-1]", 0, "a head dim of at least 1")
     if key.shape[-1] != query.shape[-1]:
-        raise wrong("key.shape[-1]", key.shape[-1], f"{query.shape[-1]}, the query's head dim")
+        reject("key.shape[-1]", key.shape[-1], f"{query.shape[-1]}, the query's head dim")
     count = 0
     if additional_keys is not None and additional_values is not None:
         count = additional_keys.shape[1]
         if additional_values.shape[1] != count:
-            raise wrong(
+            reject(
                 "additional_values.shape[1]",
                 additional_values.shape[1],
                 f"{count}, the number of additional_keys",
@@ -172,8 +205,10 @@ def _check_tensors(
         ):
             for dim, what in ((-2, "number of heads"), (-1, "head dim")):
                 if extra.shape[dim] != other.shape[dim]:
-                    raise wrong(
-                        f"{name}.shape[{dim}]", extra.shape[dim], f"{other.shape[dim]}, the {like}'s {what}"
+                    reject(
+                        f"{name}.shape[{dim}]",
+                        extra.shape[dim],
+                        f"{other.shape[dim]}, the {like}'s {what}",
                     )
     head_dim = query.shape[-1]
     return _Common(
@@ -190,33 +225,33 @@ def _check_tensors(
 def _integer(name: str, value: Any) -> int:
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return value  # type: ignore[return-value]  # a SymInt is an int to everybody but the type checker
-    if hasattr(value, "__index__") and not isinstance(value, bool):
+    if not isinstance(value, bool) and hasattr(value, "__index__"):
         return operator.index(value)
-    raise wrong(name, repr(value), "an integer")
+    reject(name, repr(value), "an integer")
 
 
 def _boolean(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise wrong(name, repr(value), "True or False")
+        reject(name, repr(value), "True or False")
     return value
 
 
 def _boundary(name: str, value: Any) -> int:
     if not isinstance(value, str) or value not in _BOUNDARY_IDS:
-        raise wrong(name, repr(value), f"one of {', '.join(map(repr, _BOUNDARY_IDS))}")
+        reject(name, repr(value), f"one of {', '.join(map(repr, _BOUNDARY_IDS))}")
     return _BOUNDARY_IDS[value]
 
 
 def per_axis(name: str, value: Any, rank: int) -> tuple[Any, ...]:
     """`value`, a scalar for all axes or one value per axis, as one value per axis."""
-    if isinstance(value, (tuple, list)):
-        values = tuple(value)
-    elif isinstance(value, Iterable) and not isinstance(value, (str, Tensor)):
+    if isinstance(value, (tuple, list)) or (
+        isinstance(value, Iterable) and not isinstance(value, (str, Tensor))
+    ):
         values = tuple(value)
     else:
         return (value,) * rank
     if len(values) != rank:
-        raise wrong(name, value, f"one value, or {rank} (one per axis of the grid)")
+        reject(name, value, f"one value, or {rank} (one per axis of the grid)")
     return values
 
 
@@ -254,36 +289,41 @@ def _constants(axis: Axis) -> tuple[int, ...]:
 def _check_axis(i: int, axis: Axis) -> None:
     extent, kernel_size, dilation = axis.extent, axis.kernel_size, axis.dilation
     if kernel_size < 1:
-        raise wrong(f"kernel_size[{i}]", kernel_size, "at least 1, or -1 for the whole axis")
+        reject(f"kernel_size[{i}]", kernel_size, "at least 1, or -1 for the whole axis")
     if dilation < 1:
-        raise wrong(f"dilation[{i}]", dilation, "at least 1")
+        reject(f"dilation[{i}]", dilation, "at least 1")
     if not 1 <= axis.stride <= kernel_size:
-        raise wrong(
+        reject(
             f"stride[{i}]",
             axis.stride,
             f"1 to {kernel_size} (kernel_size[{i}])",
             "tokens would go unattended between windows",
         )
     if not 0 <= axis.offset < axis.stride:
-        raise wrong(f"offset[{i}]", axis.offset, f"0 to {axis.stride - 1} (stride[{i}] - 1)")
+        reject(f"offset[{i}]", axis.offset, f"0 to {axis.stride - 1} (stride[{i}] - 1)")
     if axis.boundary == _SHIFT and kernel_size * dilation > extent:
-        raise wrong(
+        reject(
             f"kernel_size[{i}] * dilation[{i}]",
             f"{kernel_size} * {dilation}",
             f"at most {extent}, the extent of axis {i}",
             "use a smaller window, or another boundary than 'shift'",
         )
     if kernel_size > _LARGEST or dilation > _LARGEST or extent > _LARGEST:
-        raise wrong(f"kernel_size[{i}], dilation[{i}] or extent[{i}]", "too large", f"at most {_LARGEST}")
+        reject(
+            f"kernel_size[{i}], dilation[{i}] or extent[{i}]", "too large", f"at most {_LARGEST}"
+        )
     if axis.boundary == _VALID and (axis.stride != 1 or axis.is_causal):
-        raise wrong(
-            f"boundary[{i}]", "'valid'", "stride 1 and is_causal False with it", "use another boundary"
+        reject(
+            f"boundary[{i}]",
+            "'valid'",
+            "stride 1 and is_causal False with it",
+            "use another boundary",
         )
 
 
 def _check_box(i: int, what: str, extent: int, origin: int, size: int) -> None:
     if origin < 0 or origin + size > extent:
-        raise wrong(
+        reject(
             f"{what}_origin[{i}]",
             origin,
             f"0 to {extent - size}, so that the {what}'s {size} tokens lie inside grid[{i}] = {extent}",
@@ -291,12 +331,7 @@ def _check_box(i: int, what: str, extent: int, origin: int, size: int) -> None:
 
 
 def normalize(
-    query: TensorInfo,
-    key: TensorInfo,
-    value: TensorInfo,
-    additional_keys: TensorInfo | None,
-    additional_values: TensorInfo | None,
-    rpb: TensorInfo | None,
+    infos: OperandInfos,
     rank: int | None,
     kernel_size: IntPerAxis,
     stride: IntPerAxis | None,
@@ -309,31 +344,29 @@ def normalize(
     key_origin: IntPerAxis | None,
     scale: float | None,
 ) -> Problem:
-    """Turns the arguments of a neighborhood attention call into a problem.
+    """The problem that the arguments of a neighborhood attention call mean.
 
-    Args:
-        rank: What the grid's must be; None: whatever the query's is.
-
-    Raises:
-        ArgumentError: If an argument is wrong, or does not fit another one.
+    `rank` is what the grid's must be; None: whatever the query's is. Raises an `ArgumentError` if an argument is
+    wrong, or does not fit another one.
     """
+    query, key, value, additional_keys, additional_values, rpb = infos
     if rank is None:
         rank = len(query.shape) - 3
         if not 1 <= rank <= 3:
-            raise wrong("query.ndim", len(query.shape), "4, 5 or 6: [batch, *grid, heads, head_dim]")
+            reject("query.ndim", len(query.shape), "4, 5 or 6: [batch, *grid, heads, head_dim]")
     elif len(query.shape) != rank + 3:
-        raise wrong(
+        reject(
             "query.ndim", len(query.shape), f"{rank + 3}: [batch, {'x, ' * rank}heads, head_dim]"
         )
     common = _check_tensors(query, key, value, additional_keys, additional_values, scale)
     query_extents, key_extents = query.shape[1:-2], key.shape[1:-2]
     if value.shape[1:-2] != key_extents:
-        raise wrong("value.shape[1:-2]", value.shape[1:-2], f"{key_extents}, the key's grid")
+        reject("value.shape[1:-2]", value.shape[1:-2], f"{key_extents}, the key's grid")
     if grid is None:
         if query_origin is not None or key_origin is not None:
-            raise wrong("grid", None, "the whole grid's extents", "an origin is a place in the grid")
+            reject("grid", None, "the whole grid's extents", "an origin is a place in the grid")
         if query_extents != key_extents:
-            raise wrong(
+            reject(
                 "key.shape[1:-2]",
                 tuple(key_extents),
                 f"{tuple(query_extents)}, the query's grid",
@@ -366,7 +399,7 @@ def normalize(
         )
         if axis.kernel_size == -1:
             if axis.dilation != 1:
-                raise wrong(
+                reject(
                     f"dilation[{i}]", axis.dilation, f"1 with kernel_size[{i}] = -1, the whole axis"
                 )
             axis = axis._replace(kernel_size=axis.extent, boundary=_SHIFT)
@@ -381,13 +414,13 @@ def normalize(
     if rpb is not None:
         shape = (common.heads, *(2 * axis.kernel_size - 1 for axis in axes))
         if tuple(rpb.shape) != shape:
-            raise wrong(
+            reject(
                 "rpb.shape", tuple(rpb.shape), f"{shape}, which is [heads, *(2 * kernel_size - 1)]"
             )
         if not rpb.dtype.is_floating_point:
-            raise wrong("rpb.dtype", rpb.dtype, "a floating point type", "convert it")
+            reject("rpb.dtype", rpb.dtype, "a floating point type", "convert it")
         if rpb.device != query.device:
-            raise wrong("rpb.device", rpb.device, f"{query.device}, as the query", "move one")
+            reject("rpb.device", rpb.device, f"{query.device}, as the query", "move one")
     return _problem(query, common, tuple(axes), query_origins, has_rpb=rpb is not None)
 
 
@@ -396,7 +429,7 @@ def _only_queries(i: int, axis: Axis) -> Axis:
     whole = axis._replace(query_origin=0, query_extent=axis.extent)
     begin, end = _valid_queries(*_constants(whole))
     if begin == end:
-        raise wrong(
+        reject(
             f"kernel_size[{i}], dilation[{i}]",
             f"{axis.kernel_size}, {axis.dilation}",
             f"a window that fits into the {axis.extent} tokens of axis {i}",
@@ -409,7 +442,7 @@ def _only_queries(i: int, axis: Axis) -> Axis:
 def _check_keys(i: int, axis: Axis) -> None:
     first, last = _attended_tokens(*_constants(axis))
     if first <= last and (first < axis.key_origin or last >= axis.key_origin + axis.key_extent):
-        raise wrong(
+        reject(
             f"key_origin[{i}]",
             f"{axis.key_origin} with {axis.key_extent} tokens",
             f"a key box that holds tokens {first} to {last} of the grid",
@@ -417,20 +450,19 @@ def _check_keys(i: int, axis: Axis) -> None:
         )
 
 
-def normalize_dense(
-    query: TensorInfo, key: TensorInfo, value: TensorInfo, is_causal: bool, scale: float | None
-) -> Problem:
-    """Turns the arguments of a dense attention call into a problem: one axis, and a window as wide as it.
+def normalize_dense(infos: OperandInfos, is_causal: bool, scale: float | None) -> Problem:
+    """The problem that the arguments of a dense attention call mean: one axis, and a window as wide as it.
 
-    The axis is as long as the longer of both sequences; where that is the query's, the kernels clip the windows
-    to the keys that exist.
+    The axis is as long as the longer of both sequences; where that is the query's, the kernels clip the windows to
+    the keys that exist.
     """
+    query, key, value, *_ = infos
     if len(query.shape) != 4:
-        raise wrong("query.ndim", len(query.shape), "4: [batch, sequence, heads, head_dim]")
+        reject("query.ndim", len(query.shape), "4: [batch, sequence, heads, head_dim]")
     common = _check_tensors(query, key, value, None, None, scale)
     length, key_length = query.shape[1], key.shape[1]
     if value.shape[1] != key_length:
-        raise wrong("value.shape[1]", value.shape[1], f"{key_length}, the key's length")
+        reject("value.shape[1]", value.shape[1], f"{key_length}, the key's length")
     extent = max(length, key_length, 1)
     axis = Axis(
         extent=extent,
@@ -454,7 +486,9 @@ def _problem(
         dtype=query.dtype,
         device=query.device,
         axes=axes,
-        skipped=tuple(axis.query_origin - origin for axis, origin in zip(axes, query_origins, strict=True)),
+        skipped=tuple(
+            axis.query_origin - origin for axis, origin in zip(axes, query_origins, strict=True)
+        ),
         batch=common.batch,
         heads=common.heads,
         heads_kv=common.heads_kv,

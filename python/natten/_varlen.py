@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from natten import _attend
-from natten._problem import wrong
+from natten._problem import Operands, reject
 
 
 def attention(
@@ -24,21 +24,23 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE; the last four are the seqlens_* and cumulative_seqlen_* arguments."""
     if lengths is None and lengths_kv is None and bounds is None and bounds_kv is None:
-        return _attend.dense(query, key, value, backend, is_causal, scale)
+        return _attend.dense(backend, Operands(query, key, value), is_causal, scale)
     if (lengths is None) != (lengths_kv is None) or (bounds is None) != (bounds_kv is None):
-        raise wrong("seqlens", "given for Q or KV only", "both, or cumulative_seqlen_* of both")
+        reject("seqlens", "given for Q or KV only", "both, or cumulative_seqlen_* of both")
     if (lengths is None) == (bounds is None):
-        raise wrong("seqlens_*", "given beside cumulative_seqlen_*", "one of them")
+        reject("seqlens_*", "given beside cumulative_seqlen_*", "one of them")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor) or tensor.dim() != 4 or tensor.shape[0] != 1:
             got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise wrong(f"{name}.shape", got, "[1, total length, heads, head_dim]: packed sequences")
+            reject(f"{name}.shape", got, "[1, total length, heads, head_dim]: packed sequences")
     starts = _starts("Q", lengths, bounds, query.shape[1])
     starts_kv = _starts("KV", lengths_kv, bounds_kv, key.shape[1])
     if len(starts) != len(starts_kv):
-        raise wrong("sequences in KV", len(starts_kv) - 1, f"{len(starts) - 1}, as many as in Q")
+        reject("sequences in KV", len(starts_kv) - 1, f"{len(starts) - 1}, as many as in Q")
     parts = [
-        _attend.dense(query[:, a:b], key[:, c:d], value[:, c:d], backend, is_causal, scale)
+        _attend.dense(
+            backend, Operands(query[:, a:b], key[:, c:d], value[:, c:d]), is_causal, scale
+        )
         for a, b, c, d in zip(starts, starts[1:], starts_kv, starts_kv[1:], strict=False)
     ]
     outputs, lses = zip(*parts, strict=True)
@@ -47,9 +49,15 @@ def attention(
 
 def _starts(which: str, lengths: Tensor | None, bounds: Tensor | None, total: int) -> list[int]:
     """Where the sequences begin, and where the last one ends."""
-    given, name = (lengths, f"seqlens_{which}") if bounds is None else (bounds, f"cumulative_seqlen_{which}")
-    if not isinstance(given, Tensor) or given.dim() != 1 or given.dtype not in (torch.int32, torch.int64):
-        raise wrong(name, given, "a tensor of int32 with one dim")
+    given, name = (
+        (lengths, f"seqlens_{which}") if bounds is None else (bounds, f"cumulative_seqlen_{which}")
+    )
+    if (
+        not isinstance(given, Tensor)
+        or given.dim() != 1
+        or given.dtype not in (torch.int32, torch.int64)
+    ):
+        reject(name, given, "a tensor of int32 with one dim")
     numbers: list[int] = given.tolist()
     if bounds is None:
         starts = [0]
@@ -58,7 +66,9 @@ def _starts(which: str, lengths: Tensor | None, bounds: Tensor | None, total: in
     else:
         starts = numbers
     if len(starts) < 2 or starts[0] != 0 or starts[-1] != total or starts != sorted(starts):
-        raise wrong(
-            name, numbers, f"lengths that are not negative and add up to {total}, at least one of them"
+        reject(
+            name,
+            numbers,
+            f"lengths that are not negative and add up to {total}, at least one of them",
         )
     return starts

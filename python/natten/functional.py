@@ -15,7 +15,7 @@ from torch import Tensor
 from natten import _attend, _varlen
 from natten._attend import Explanation
 from natten._merge import merge_attentions
-from natten._problem import BoolPerAxis, IntPerAxis, StrPerAxis
+from natten._problem import BoolPerAxis, IntPerAxis, Operands, StrPerAxis
 
 __all__ = [
     "attention",
@@ -121,13 +121,8 @@ def neighborhood_attention_generic(
     """
     output, lse = _attend.neighborhood(
         None,
-        query,
-        key,
-        value,
-        additional_keys,
-        additional_values,
-        rpb,
         backend,
+        Operands(query, key, value, additional_keys, additional_values, rpb),
         kernel_size,
         stride,
         dilation,
@@ -223,13 +218,8 @@ def na1d(
     """
     output, lse = _attend.neighborhood(
         1,
-        query,
-        key,
-        value,
-        additional_keys,
-        additional_values,
-        rpb,
         backend,
+        Operands(query, key, value, additional_keys, additional_values, rpb),
         kernel_size,
         stride,
         dilation,
@@ -325,13 +315,8 @@ def na2d(
     """
     output, lse = _attend.neighborhood(
         2,
-        query,
-        key,
-        value,
-        additional_keys,
-        additional_values,
-        rpb,
         backend,
+        Operands(query, key, value, additional_keys, additional_values, rpb),
         kernel_size,
         stride,
         dilation,
@@ -427,13 +412,8 @@ def na3d(
     """
     output, lse = _attend.neighborhood(
         3,
-        query,
-        key,
-        value,
-        additional_keys,
-        additional_values,
-        rpb,
         backend,
+        Operands(query, key, value, additional_keys, additional_values, rpb),
         kernel_size,
         stride,
         dilation,
@@ -586,9 +566,8 @@ def explain(
         'reference'
     """
     return _attend.explain(
-        (query, key, value, additional_keys, additional_values, rpb),
-        None,
         backend,
+        Operands(query, key, value, additional_keys, additional_values, rpb),
         kernel_size,
         stride,
         dilation,

@@ -32,7 +32,11 @@ def report() -> str:
     lines += ["", "kernel table, in order of preference:"]
     for kernel in _C.kernels():
         dtypes = ", ".join(kernel.dtypes)
-        limit = "any head dim" if kernel.max_head_dim >= 2**31 - 1 else f"head dims up to {kernel.max_head_dim}"
+        limit = (
+            "any head dim"
+            if kernel.max_head_dim >= 2**31 - 1
+            else f"head dims up to {kernel.max_head_dim}"
+        )
         lines.append(f"  {kernel.name:30} {kernel.isa:15} {dtypes}, {limit}")
     return "\n".join(lines)
 

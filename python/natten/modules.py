@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natten._problem import BoolPerAxis, IntPerAxis, StrPerAxis, per_axis, wrong
+from natten._problem import BoolPerAxis, IntPerAxis, StrPerAxis, per_axis, reject
 from natten.functional import neighborhood_attention_generic
 
 
@@ -40,9 +40,9 @@ class _NeighborhoodAttention(nn.Module):
         dim = _one_of("dim", dim, "embed_dim", embed_dim)
         num_heads = _positive("num_heads", num_heads)
         if dim % num_heads != 0:
-            raise wrong("dim", dim, f"a multiple of {num_heads}, num_heads")
+            reject("dim", dim, f"a multiple of {num_heads}, num_heads")
         if kernel_size is None:
-            raise wrong("kernel_size", None, "an integer, or one per axis")
+            reject("kernel_size", None, "an integer, or one per axis")
         if bias is not None:
             rel_pos_bias = bias
 
@@ -62,7 +62,9 @@ class _NeighborhoodAttention(nn.Module):
         self.rpb: nn.Parameter | None
         if rel_pos_bias:
             if any(size < 1 for size in self.kernel_size):
-                raise wrong("kernel_size", kernel_size, "at least 1 on every axis with rel_pos_bias=True")
+                reject(
+                    "kernel_size", kernel_size, "at least 1 on every axis with rel_pos_bias=True"
+                )
             entries = (2 * size - 1 for size in self.kernel_size)
             self.rpb = nn.Parameter(torch.zeros(num_heads, *entries))
             nn.init.trunc_normal_(self.rpb, std=0.02, mean=0.0, a=-2.0, b=2.0)
@@ -85,11 +87,13 @@ class _NeighborhoodAttention(nn.Module):
             NotImplementedError: If the module trains with `attn_drop`.
         """
         if x.dim() != self.rank + 2:
-            raise wrong(
-                f"{type(self).__name__}: x.ndim", x.dim(), f"{self.rank + 2}: [batch, *grid, channels]"
+            reject(
+                f"{type(self).__name__}: x.ndim",
+                x.dim(),
+                f"{self.rank + 2}: [batch, *grid, channels]",
             )
         if x.shape[-1] != self.qkv.in_features:
-            raise wrong(f"{type(self).__name__}: x.shape[-1]", x.shape[-1], f"{self.qkv.in_features}")
+            reject(f"{type(self).__name__}: x.shape[-1]", x.shape[-1], f"{self.qkv.in_features}")
         if self.training and self.attn_drop_rate > 0:
             message = (
                 f"attn_drop = {self.attn_drop_rate}: dropout of attention weights needs weights in memory, which fused "
@@ -132,13 +136,13 @@ class _NeighborhoodAttention(nn.Module):
 
 def _positive(name: str, value: int | None) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise wrong(name, value, "an integer of at least 1")
+        reject(name, value, "an integer of at least 1")
     return value
 
 
 def _one_of(name: str, value: int | None, other: str, other_value: int | None) -> int:
     if value is not None and other_value is not None:
-        raise wrong(other, other_value, f"nothing, as {name} is given", "they mean the same")
+        reject(other, other_value, f"nothing, as {name} is given", "they mean the same")
     return _positive(f"{name} (or {other})", value if other_value is None else other_value)
 
 
@@ -178,19 +182,19 @@ _DOC = """Neighborhood attention on {what}, with projections.
     """
 
 
-class NeighborhoodAttention1D(_NeighborhoodAttention):
+class NeighborhoodAttention1D(_NeighborhoodAttention):  # noqa: D101
     __doc__ = _DOC.format(what="a sequence: input ``[batch, length, dim]``", rank=1, shape="2, 16")
     rank = 1
 
 
-class NeighborhoodAttention2D(_NeighborhoodAttention):
+class NeighborhoodAttention2D(_NeighborhoodAttention):  # noqa: D101
     __doc__ = _DOC.format(
         what="a feature map: input ``[batch, height, width, dim]``", rank=2, shape="2, 8, 8"
     )
     rank = 2
 
 
-class NeighborhoodAttention3D(_NeighborhoodAttention):
+class NeighborhoodAttention3D(_NeighborhoodAttention):  # noqa: D101
     __doc__ = _DOC.format(
         what="a volume: input ``[batch, depth, height, width, dim]``", rank=3, shape="2, 4, 8, 8"
     )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from natten import _C
+from natten._problem import Operands
 
 AXIS_INTS = len(_C.AXIS_FIELDS)
 _KERNEL_SIZE = _C.AXIS_FIELDS.index("kernel_size")
@@ -71,7 +72,9 @@ class _Chunk:
     missing: Tensor  # [query] keys that count as logit 0 and value 0
 
 
-def _chunks(axes: list[tuple[int, ...]], numbers_per_slot: int, device: torch.device) -> Iterator[_Chunk]:
+def _chunks(
+    axes: list[tuple[int, ...]], numbers_per_slot: int, device: torch.device
+) -> Iterator[_Chunk]:
     tables = [_axis_table(axis) for axis in axes]
     extents = [axis[_QUERY_EXTENT] for axis in axes]
     count = math.prod(extents)
@@ -103,7 +106,7 @@ def _chunks(axes: list[tuple[int, ...]], numbers_per_slot: int, device: torch.de
 
 
 @dataclass(frozen=True)
-class _Operands:
+class _Computed:
     """The tensors of a problem in the type that is computed in, with the grid as one dim."""
 
     query: Tensor  # [batch, query, heads_kv, group, head_dim]
@@ -158,51 +161,41 @@ class _Operands:
         return exponentials / total[..., None], lse
 
 
-def _operands(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    rpb: Tensor | None,
-    flat_axes: tuple[int, ...],
-    scale: float,
-) -> _Operands:
+def _split(tensor: Tensor, heads_dim: int, heads_kv: int) -> Tensor:
+    """`tensor` with its heads as heads_kv times the group that shares a key head."""
+    group = tensor.shape[heads_dim] // heads_kv
+    split: Tensor = tensor.unflatten(heads_dim, (heads_kv, group))  # type: ignore[no-untyped-call]
+    return split
+
+
+def _computed(operands: Operands, flat_axes: tuple[int, ...], scale: float) -> _Computed:
+    query, key, value, additional_keys, additional_values, rpb = operands
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
     rank = len(flat_axes) // AXIS_INTS
     heads_kv = key.shape[-2]
-    group = query.shape[-2] // heads_kv
 
     def cast(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(compute)
 
-    return _Operands(
-        query=query.to(compute).flatten(1, rank).unflatten(-2, (heads_kv, group)),
+    return _Computed(
+        query=_split(query.to(compute).flatten(1, rank), -2, heads_kv),
         key=key.to(compute).flatten(1, rank),
         value=value.to(compute).flatten(1, rank),
         additional_keys=cast(additional_keys),
         additional_values=cast(additional_values),
-        rpb=None if rpb is None else rpb.to(compute).flatten(1).unflatten(0, (heads_kv, group)),
+        rpb=None if rpb is None else _split(rpb.to(compute).flatten(1), 0, heads_kv),
         axes=[flat_axes[i : i + AXIS_INTS] for i in range(0, len(flat_axes), AXIS_INTS)],
         scale=scale,
     )
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    rpb: Tensor | None,
-    flat_axes: tuple[int, ...],
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def forward(operands: Operands, flat_axes: tuple[int, ...], scale: float) -> tuple[Tensor, Tensor]:
     """Output [batch, *grid, heads, head_dim_value] and LSE [batch, *grid, heads] of a problem.
 
-    Arguments as those of the op ``natten::forward``.
+    `flat_axes` are the 11 integers of each axis, as in `natten._problem.Axis`.
     """
-    o = _operands(query, key, value, additional_keys, additional_values, rpb, flat_axes, scale)
+    query, _, value, *_ = operands
+    o = _computed(operands, flat_axes, scale)
     outputs, lses = [], []
     for chunk in o.chunks():
         weights, lse = o.weights(chunk, o.gather(o.key, chunk))
@@ -224,22 +217,18 @@ def forward(
 
 
 def backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    rpb: Tensor | None,
+    operands: Operands,
     d_output: Tensor,
     d_lse: Tensor | None,
     flat_axes: tuple[int, ...],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `forward` for query, key, value, additional_keys, additional_values and rpb.
+    """Gradients of `forward` for each of the operands.
 
     Written out, and not left to autograd, so that it too needs the memory of one chunk only. Differentiable itself.
     """
-    o = _operands(query, key, value, additional_keys, additional_values, rpb, flat_axes, scale)
+    query, key, value, additional_keys, additional_values, rpb = operands
+    o = _computed(operands, flat_axes, scale)
     d_outputs = d_output.to(o.query.dtype).reshape(*o.query.shape[:-1], value.shape[-1])
     d_queries = []
     d_key, d_value = torch.zeros_like(o.key), torch.zeros_like(o.value)
