@@ -14,6 +14,7 @@
 #include "dispatch/dispatch.hpp"
 #include "dispatch/names.hpp"
 #include "natten/cpu/parallel.hpp"
+#include "natten/tiling.hpp"
 #include "register_window.hpp"
 
 namespace py = pybind11;
@@ -81,6 +82,7 @@ Problem make_problem(std::string const& dtype, std::vector<int> const& axes, std
   problem.has_rpb = has_rpb;
   problem.scale = scale;
   check(problem);
+  choose_tiles(problem);
   return problem;
 }
 

@@ -10,6 +10,7 @@
 
 #include "dispatch/dispatch.hpp"
 #include "dispatch/names.hpp"
+#include "natten/tiling.hpp"
 
 namespace py = pybind11;
 
@@ -78,13 +79,10 @@ std::tuple<int, int> valid_queries(Fields const& fields) {
   return {tokens.begin, tokens.end};
 }
 
-std::int64_t attended_pairs(Fields const& fields) {
+std::int64_t axis_pairs(Fields const& fields) {
   Axis const axis = checked_axis(fields);
   std::int64_t pairs = 0;
-  for (int g = 0; g < axis.groups(); ++g) {
-    Group const group = axis.group(g);
-    for (int p = group.queries.begin; p < group.queries.end; ++p) pairs += group.window(p).size();
-  }
+  for (int g = 0; g < axis.groups(); ++g) pairs += attended_pairs(axis.group(g));
   return pairs;
 }
 
@@ -92,35 +90,28 @@ void require_positive(char const* name, int tile) {
   if (tile < 1) throw std::invalid_argument(std::string(name) + " = " + std::to_string(tile) + " must be positive");
 }
 
-// visit(group, tile) for every query tile of the axis.
-template <class Visit>
-void for_each_query_tile(Axis const& axis, int size, Visit const& visit) {
-  for (int g = 0; g < axis.groups(); ++g) {
-    Group const group = axis.group(g);
-    for (int p = group.queries.begin; p < group.queries.end; p += size) {
-      visit(group, Interval{p, min(p + size, group.queries.end)});
-    }
-  }
-}
-
 std::vector<std::tuple<int, int, int, int, int, int, int>> tile_boxes(Fields const& fields, int tile) {
   require_positive("tile", tile);
+  Axis const axis = checked_axis(fields);
   std::vector<std::tuple<int, int, int, int, int, int, int>> list;
-  for_each_query_tile(checked_axis(fields), tile, [&](Group const& group, Interval queries) {
-    Interval const keys = group.keys_of(queries);
-    Interval const interior = group.interior_keys_of(queries);
-    list.emplace_back(group.index, queries.begin, queries.end, keys.begin, keys.end, interior.begin, interior.end);
-  });
+  for (int g = 0; g < axis.groups(); ++g) {
+    Group const group = axis.group(g);
+    for (int p = group.queries.begin; p < group.queries.end; p += tile) {
+      Interval const queries{p, min(p + tile, group.queries.end)};
+      Interval const keys = group.keys_of(queries);
+      Interval const interior = group.interior_keys_of(queries);
+      list.emplace_back(g, queries.begin, queries.end, keys.begin, keys.end, interior.begin, interior.end);
+    }
+  }
   return list;
 }
 
-std::int64_t visited_tiles(Fields const& fields, int query_tile, int key_tile) {
+std::int64_t axis_tiles(Fields const& fields, int query_tile, int key_tile) {
   require_positive("query_tile", query_tile);
   require_positive("key_tile", key_tile);
+  Axis const axis = checked_axis(fields);
   std::int64_t tiles = 0;
-  for_each_query_tile(checked_axis(fields), query_tile, [&](Group const& group, Interval queries) {
-    tiles += ceil_div(group.keys_of(queries).size(), key_tile);
-  });
+  for (int g = 0; g < axis.groups(); ++g) tiles += visited_tiles(axis.group(g), query_tile, key_tile);
   return tiles;
 }
 
@@ -132,9 +123,9 @@ void register_window(py::module_& module) {
   module.def("windows", &windows, py::arg("axis"));
   module.def("inverse_windows", &inverse_windows, py::arg("axis"));
   module.def("valid_queries", &valid_queries, py::arg("axis"));
-  module.def("attended_pairs", &attended_pairs, py::arg("axis"));
+  module.def("attended_pairs", &axis_pairs, py::arg("axis"));
   module.def("tile_boxes", &tile_boxes, py::arg("axis"), py::arg("tile"));
-  module.def("visited_tiles", &visited_tiles, py::arg("axis"), py::arg("query_tile"), py::arg("key_tile"));
+  module.def("visited_tiles", &axis_tiles, py::arg("axis"), py::arg("query_tile"), py::arg("key_tile"));
 }
 
 }  // namespace natten

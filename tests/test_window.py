@@ -166,9 +166,18 @@ def test_boxes_of_a_larger_grid(extent: int) -> None:
         tight = replace(some, keys=(min(needed), max(needed) + 1))
         check_axis(tight)
         check_tiles(tight, random.randint(1, 5), random.randint(1, 5))
+        if axis.kernel_size == extent:  # "all keys there are", however few
+            continue
         for lacking in ((min(needed) + 1, max(needed) + 1), (min(needed), max(needed))):
             with pytest.raises(ValueError, match="pass more keys"):
                 _C.windows(replace(some, keys=lacking).ints())
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_dense_attention_with_fewer_keys_than_queries(is_causal: bool) -> None:
+    windows = _C.windows(Axis(8, 8, is_causal=is_causal, keys=(0, 3)).ints())
+    ends = [min(i + 1, 3) if is_causal else 3 for i in range(8)]
+    assert windows == [(0, 0, end, end) for end in ends]
 
 
 def test_no_queries() -> None:

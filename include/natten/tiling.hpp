@@ -24,12 +24,12 @@ NATTEN_INLINE constexpr std::int64_t attended_pairs(Group const& group) {
 }
 
 // out[p - queries.begin] = window(p).
-inline void fill_windows(Group const& group, Interval queries, Interval* out) {
+NATTEN_INLINE void fill_windows(Group const& group, Interval queries, Interval* out) {
   for (int p = queries.begin; p < queries.end; ++p) *out++ = group.window(p);
 }
 
 // out[j - keys.begin] = inverse(j). One sweep: both ends of the inverse window are non-decreasing in j.
-inline void fill_inverse_windows(Group const& group, Interval keys, Interval* out) {
+NATTEN_INLINE void fill_inverse_windows(Group const& group, Interval keys, Interval* out) {
   if (keys.empty()) return;
   Interval queries = group.inverse(keys.begin);
   for (int j = keys.begin; j < keys.end; ++j) {
@@ -42,15 +42,15 @@ inline void fill_inverse_windows(Group const& group, Interval keys, Interval* ou
 // The side of the attention whose tokens make a tile; the other side is streamed past it.
 enum class Side : int { kQuery = 0, kKey = 1 };
 
-inline Interval tile_side(Group const& group, Side side) {
+NATTEN_INLINE Interval tile_side(Group const& group, Side side) {
   return side == Side::kQuery ? group.queries : group.keys;
 }
-inline Interval stream_of(Group const& group, Side side, Interval tile) {
+NATTEN_INLINE Interval stream_of(Group const& group, Side side, Interval tile) {
   return side == Side::kQuery ? group.keys_of(tile) : group.queries_of(tile);
 }
 
 // Sum over the tiles of an axis of the tokens streamed past each.
-inline std::int64_t streamed_tokens(Group const& group, Side side, int tile) {
+NATTEN_INLINE std::int64_t streamed_tokens(Group const& group, Side side, int tile) {
   Interval const tokens = tile_side(group, side);
   std::int64_t count = 0;
   for (int p = tokens.begin; p < tokens.end; p += tile) {
@@ -61,7 +61,7 @@ inline std::int64_t streamed_tokens(Group const& group, Side side, int tile) {
 
 // The box of `tokens` (a power of two) tokens that streams least; among equals the longest along the last axis, whose
 // tokens are nearest in memory. Dilation groups differ by one token at most: the first speaks for all.
-inline void choose_tile(Problem const& problem, Side side, int tokens, int (&shape)[kMaxRank]) {
+NATTEN_INLINE void choose_tile(Problem const& problem, Side side, int tokens, int (&shape)[kMaxRank]) {
   constexpr int kMaxLog = 8;
   double cost[kMaxRank][kMaxLog + 1] = {};
   int log = 0;
@@ -91,7 +91,7 @@ inline void choose_tile(Problem const& problem, Side side, int tokens, int (&sha
 }
 
 // Fills problem.tiles. Costs a few evaluations of `window` a token: once for a problem, not once a call.
-inline void choose_tiles(Problem& problem) {
+NATTEN_INLINE void choose_tiles(Problem& problem) {
   for (int side = 0; side < 2; ++side) {
     for (int i = 0; i < TileTable::kSizes; ++i) {
       choose_tile(problem, static_cast<Side>(side), TileTable::kSmallest << i, problem.tiles.shape[side][i]);

@@ -88,6 +88,10 @@ class Row:
 
 ROWS = (
     *(
+        Row("fna", op, dtype, isa, max_head_dim=512)
+        for isa, op, dtype in product(ISAS, ("forward", "backward"), ("f32", "bf16", "f16"))
+    ),
+    *(
         Row("naive", op, dtype, BASELINE, max_head_dim=ANY_HEAD_DIM)
         for op, dtype in product(("forward", "backward"), ("f64", "f32", "bf16", "f16"))
     ),

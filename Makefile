@@ -1,0 +1,66 @@
+# Everything runs in a virtual environment of its own, with the versions that pyproject.toml pins. Needs python3, g++ 11
+# or later, and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+# Torch without CUDA, which is 200 MB instead of several GB; where it is out of reach, PyPI's.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+SOURCES := pyproject.toml CMakeLists.txt $(shell find include src python -name '*.[chp]*pp' -o -name '*.py*' -not -name '*.pyc')
+CPP := $(shell find include src tests -name '*.[ch]pp')
+
+.PHONY: test demo bench lint format sanitize clean
+
+test: $(VENV)/natten $(VENV)/test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+demo: $(VENV)/natten $(VENV)/demo
+	$(BIN)/python examples/denoise.py
+
+bench: $(VENV)/natten $(VENV)/bench
+	$(BIN)/python -m bench $(BENCH_ARGS)
+
+lint: $(VENV)/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(VENV)/lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+# The suite, or what PYTEST_ARGS names, on kernels that check every access. Torch leaks; the preloaded libstdc++ lets the
+# sanitizer see exceptions.
+sanitize: build/sanitized/natten/.stamp $(VENV)/test
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitized \
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+clean:
+	rm -rf build $(VENV)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet pip==26.3
+
+$(VENV)/torch: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --no-deps --group torch --extra-index-url $(TORCH_INDEX)
+	$(BIN)/pip install --quiet --group torch
+	touch $@
+
+$(VENV)/test $(VENV)/demo $(VENV)/bench $(VENV)/lint: $(VENV)/%: pyproject.toml | $(VENV)/torch
+	$(BIN)/pip install --quiet --group $*
+	touch $@
+
+$(VENV)/natten: $(SOURCES) | $(VENV)/torch
+	$(BIN)/pip install --no-deps .
+	touch $@
+
+build/sanitized/natten/.stamp: $(SOURCES) | $(VENV)/torch
+	rm -rf build/sanitized
+	$(BIN)/pip install --no-deps --target build/sanitized --config-settings build-dir=build/sanitize \
+	  --config-settings cmake.define.NATTEN_SANITIZE=address,undefined .
+	touch $@
