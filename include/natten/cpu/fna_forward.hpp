@@ -23,7 +23,7 @@ class Forward {
 
   void take_scratch(Arena& arena) {
     lanes_ = arena.take<Vec>(round_up(problem_.head_dim, kLanes));
-    scores_ = arena.take<Vec>(kChunkTokens);
+    scores_ = arena.take<Vec>(kMaxChunkTokens);
   }
 
   void clear(float* state) const {
@@ -34,11 +34,14 @@ class Forward {
   void load(TileContext const& c) const {
     auto const query = query_view<Storage const>(problem_, arguments.query, c.item.groups, c.item.batch, c.head);
     load_lanes<Math>(query, c.tile, problem_.head_dim, c.ahead, lanes_);
+    auto const output = query_view<Storage>(problem_, arguments.output, c.item.groups, c.item.batch, c.head);
+    prefetch_results(output, c.tile, problem_.head_dim_value);
   }
 
   void attend(TileContext const&, KeyStream<Math> const& stream, Tile const& tile, Bias const& bias, float* state) const {
     float const scale = static_cast<float>(problem_.scale) * kLog2e;
-    for_each_chunk(tile, stream.box, Math::kPerWord, [&](Chunk const& chunk) {
+    int const max_tokens = chunk_tokens(sizeof(Vec) + 4 * stream.value.sum.words);
+    for_each_chunk(tile, stream.box, max_tokens, Math::kPerWord, [&](Chunk const& chunk) {
       dot_rows<Math>(lanes_, stream.key.dot, chunk.token, chunk.rows, chunk.width, scores_);
 
       Vec const before = load_vec(state);
@@ -88,8 +91,9 @@ class Forward {
   // maximum is -inf; 0 is subtracted there, which keeps exp2(-inf) at 0.
   Vec raise_max(float* state, Vec before, Vec highest) const {
     Vec const base = highest == -kInfinity ? Vec{} : highest;
-    Vec const factor = exp2(before - base);
     store_vec(state, highest);
+    if (!any((before != highest) & (before != -kInfinity))) return base;  // nothing was summed under a lower maximum
+    Vec const factor = exp2(before - base);
     store_vec(state + kLanes, load_vec(state + kLanes) * factor);
     for (int l = 0; l < kLanes; ++l) {
       float* const row = state + (2 * kLanes + l * row_);

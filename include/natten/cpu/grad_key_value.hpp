@@ -64,8 +64,8 @@ class GradKeyValue {
     m.stats = arena.take<QueryStats>(max_packed_);
     m.key_lanes = arena.take<Vec>(row_k_);
     m.value_lanes = arena.take<Vec>(row_v_);
-    m.weights = arena.take<Vec>(kChunkTokens);
-    m.d_weights = arena.take<Vec>(kChunkTokens);
+    m.weights = arena.take<Vec>(kMaxChunkTokens);
+    m.d_weights = arena.take<Vec>(kMaxChunkTokens);
     m.states = arena.take<float>(states * state_floats());
     return m;
   }
@@ -135,6 +135,10 @@ class GradKeyValue {
                              problem_.head_dim, ahead, memory.key_lanes);
             load_lanes<Math>(tile_view<Storage const>(arguments_.value, arguments_.additional_values, item), tile,
                              problem_.head_dim_value, ahead, memory.value_lanes);
+            prefetch_results(tile_view<Storage>(arguments_.d_key, arguments_.d_additional_keys, item), tile,
+                             problem_.head_dim);
+            prefetch_results(tile_view<Storage>(arguments_.d_value, arguments_.d_additional_values, item), tile,
+                             problem_.head_dim_value);
             Bias const bias = source_ == KeySource::kWindow
                                   ? Bias(problem_, arguments_.rpb, head, tile, Side::kKey)
                                   : Bias();
@@ -174,10 +178,12 @@ class GradKeyValue {
                               /*as_dot=*/true, /*as_sum=*/true);
     bool const d = d_output.pack(query_view<Storage const>(problem_, arguments_.d_output, groups, batch, head), box,
                                  /*as_dot=*/true, /*as_sum=*/true);
+    auto const output = query_view<Storage const>(problem_, arguments_.output, groups, batch, head);
     for (int z = box.axis[0].begin; z < box.axis[0].end; ++z) {
       for (int y = box.axis[1].begin; y < box.axis[1].end; ++y) {
         QueryStats* row = stats + box.token(z, y, box.axis[2].begin);
         for (int x = box.axis[2].begin; x < box.axis[2].begin + box.pitch; ++x) {
+          if (x + kPrefetchTokens < box.axis[2].end) prefetch_token(output.at(z, y, x + kPrefetchTokens), problem_.head_dim_value);
           *row++ = x < box.axis[2].end ? query_stats<Storage>(arguments_, groups, batch, head, z, y, x)
                                        : QueryStats{kInfinity, 0};
         }
@@ -192,7 +198,8 @@ class GradKeyValue {
     float const scale = static_cast<float>(problem_.scale) * kLog2e;
     Vec* const weights = memory.weights;
     Vec* const d_weights = memory.d_weights;
-    for_each_chunk(tile, box, Math::kPerWord, [&](Chunk const& chunk) {
+    int const max_tokens = chunk_tokens(2 * sizeof(Vec) + 4 * (query.sum.words + d_output.sum.words));
+    for_each_chunk(tile, box, max_tokens, Math::kPerWord, [&](Chunk const& chunk) {
       dot_rows<Math>(memory.key_lanes, query.dot, chunk.token, chunk.rows, chunk.width, weights);
       dot_rows<Math>(memory.value_lanes, d_output.dot, chunk.token, chunk.rows, chunk.width, d_weights);
       int t = 0;

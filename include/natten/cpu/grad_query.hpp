@@ -51,8 +51,8 @@ class GradQuery {
   void take_scratch(Arena& arena) {
     query_lanes_ = arena.take<Vec>(round_up(problem_.head_dim, kLanes));
     d_output_lanes_ = arena.take<Vec>(round_up(problem_.head_dim_value, kLanes));
-    weights_ = arena.take<Vec>(kChunkTokens);
-    d_weights_ = arena.take<Vec>(kChunkTokens);
+    weights_ = arena.take<Vec>(kMaxChunkTokens);
+    d_weights_ = arena.take<Vec>(kMaxChunkTokens);
   }
 
   void clear(float* state) const { std::memset(state, 0, sizeof(float) * state_floats()); }
@@ -63,6 +63,8 @@ class GradQuery {
                      problem_.head_dim, c.ahead, query_lanes_);
     load_lanes<Math>(query_view<Storage const>(problem_, arguments.d_output, groups, c.item.batch, c.head), c.tile,
                      problem_.head_dim_value, c.ahead, d_output_lanes_);
+    prefetch_results(query_view<Storage>(problem_, arguments.d_query, groups, c.item.batch, c.head), c.tile,
+                     problem_.head_dim);
     lse2_ = broadcast(kInfinity);
     delta_ = Vec{};
     for (int l = 0; l < kLanes; ++l) {
@@ -77,7 +79,8 @@ class GradQuery {
   void attend(TileContext const& c, KeyStream<Math> const& stream, Tile const& tile, Bias const& bias, float* state) const {
     float const scale = static_cast<float>(problem_.scale) * kLog2e;
     float* const d_bias = d_bias_ != nullptr ? d_bias_ + c.head * Bias::table_size(problem_) : nullptr;
-    for_each_chunk(tile, stream.box, Math::kPerWord, [&](Chunk const& chunk) {
+    int const max_tokens = chunk_tokens(2 * sizeof(Vec) + 4 * stream.key.sum.words);
+    for_each_chunk(tile, stream.box, max_tokens, Math::kPerWord, [&](Chunk const& chunk) {
       dot_rows<Math>(query_lanes_, stream.key.dot, chunk.token, chunk.rows, chunk.width, weights_);
       dot_rows<Math>(d_output_lanes_, stream.value.dot, chunk.token, chunk.rows, chunk.width, d_weights_);
       int t = 0;

@@ -113,12 +113,15 @@ struct WeightedRow {
 template <class Math, int G, int C>
 void accumulate(WeightedRow const* rows, int num_rows, int words, int pitch, std::int64_t offset, float* out,
                 std::int64_t out_stride) {
-  constexpr int kSets = G * C >= 8 ? 1 : (G * C >= 4 ? 2 : 4);
+  constexpr int kSets = G * C >= 16 ? 1 : G * C >= 8 && kRegisters == 32 ? 2 : G * C >= 8 ? 1 : G * C >= 4 ? 2 : 4;
   Vec sum[kSets][G][C] = {};
   auto const add = [&](Word const* values, Word const* weights, auto set) __attribute__((always_inline)) {
     Vec v[C];
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) v[c] = load_as<Vec>(values + c * kLanes);
+    for (int c = 0; c < C; ++c) {
+      v[c] = load_as<Vec>(values + c * kLanes);
+      keep_in_register(v[c]);  // else it is loaded again for every g: 10 loads for 8 FMAs instead of 6
+    }
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) {
 #pragma GCC unroll 4

@@ -16,6 +16,8 @@ namespace natten::cpu::NATTEN_CPU_ISA {
 // pieces. Together with intervals and scores below 8 MB, whatever the window.
 constexpr std::int64_t kPackedBytes = 4 << 20;
 constexpr std::int64_t kStateBytes = 2 << 20;
+constexpr int kTileTableIndex = kLanes == 16 ? 2 : kLanes == 8 ? 1 : 0;
+static_assert(TileTable::kSmallest << kTileTableIndex == kLanes, "the table holds a tile for every vector width");
 constexpr int kItemsPerThread = 4;  // enough for threads to finish together
 
 // The side whose tokens are lanes, cut into blocks.
@@ -32,13 +34,13 @@ struct Schedule {
   // `max_packed`: tokens of the stream that fit into kPackedBytes. `max_block`: tokens of a block that fit into
   // kStateBytes.
   Schedule(Problem const& problem, Side side_, std::int64_t max_packed, std::int64_t max_block, int num_threads)
-      : side(side_), batch(problem.batch), heads_kv(problem.heads_kv) {
-    int size_index = 0;
-    while ((TileTable::kSmallest << size_index) < kLanes) ++size_index;
+      : side(side_),
+        tile(problem.tiles.shape[static_cast<int>(side_)][kTileTableIndex]),
+        batch(problem.batch),
+        heads_kv(problem.heads_kv) {
     Group first[kMaxRank];
     int tiles[kMaxRank];
     for (int a = 0; a < kMaxRank; ++a) {
-      tile.size[a] = problem.tiles.shape[static_cast<int>(side)][size_index][a];
       groups[a] = problem.axes[a].groups();
       first[a] = problem.axes[a].group(0);
       tiles[a] = longest(problem.axes[a], side) > 0 ? ceil_div(longest(problem.axes[a], side), tile.size[a]) : 0;

@@ -1,22 +1,50 @@
 // SPDX-License-Identifier: MIT
 // A tile: a box of kLanes tokens, one a lane, against the boxes of the stream side that they attend to (or, for dK and
-// dV, that attend to them). Kernels walk those boxes in chunks of at most kChunkTokens.
+// dV, that attend to them). Kernels walk those boxes in chunks of rows.
 #pragma once
 
 #include "natten/cpu/stream.hpp"
 
 namespace natten::cpu::NATTEN_CPU_ISA {
 
-// Scores of a chunk, kLanes floats a token: 18 KB of the L1 cache with AVX-512. Chunks of 64 to 2048 tokens are within
-// 5 % of each other; 288 holds the 16 x 16 box that a 4 x 4 tile needs for a window of 13 x 13 in one piece.
-constexpr int kChunkTokens = 288;
+// A chunk's weighted sums read its values once a group of lanes: they, and the scores, should stay in the L1 cache. 128
+// tokens of head_dim 64 in float do; with 288 a window of 13 x 13 takes a quarter longer.
+constexpr int kChunkBytes = 40 << 10;
+constexpr int kMinChunkTokens = 32;
+constexpr int kMaxChunkTokens = 240;  // whole runs: a long row is cut at multiples of them
+static_assert(kMaxChunkTokens % (2 * kMaxRun) == 0, "rounding a width up to whole runs must not exceed the maximum");
+
+NATTEN_INLINE int chunk_tokens(std::int64_t bytes_per_token) {
+  return clamp(static_cast<int>(kChunkBytes / bytes_per_token), kMinChunkTokens, kMaxChunkTokens);
+}
 
 // Lanes that share one weighted sum: pairs waste least on the border of windows, fours load least.
 constexpr int kMaxGroupLanes = kRegisters == 32 ? 4 : 2;
 constexpr int kPairPenalty = 110;  // cost of a token's weighted sum in a pair, in percent of that in a four
 
+// The box of a tile, and where in it each lane's token is.
 struct TileShape {
   int size[kMaxRank] = {1, 1, kLanes};
+  int place[kMaxRank][kLanes];              // of a lane's token in the box
+  IntVec places[kMaxRank];                  // the same
+  std::uint32_t below[kMaxRank][kLanes + 1];  // lanes whose place on the axis is below n
+
+  TileShape() : TileShape({1, 1, kLanes}) {}
+  explicit TileShape(int const (&shape)[kMaxRank]) : size{shape[0], shape[1], shape[2]} {
+    for (int l = 0; l < kLanes; ++l) {
+      int const at[kMaxRank] = {l / (size[1] * size[2]), l / size[2] % size[1], l % size[2]};
+      for (int a = 0; a < kMaxRank; ++a) {
+        place[a][l] = at[a];
+        places[a][l] = at[a];
+      }
+    }
+    for (int a = 0; a < kMaxRank; ++a) {
+      for (int n = 0; n <= kLanes; ++n) {
+        below[a][n] = 0;
+        for (int l = 0; l < kLanes; ++l) below[a][n] |= std::uint32_t{place[a][l] < n} << l;
+      }
+    }
+  }
 };
 
 // For every position of an interval, its own interval on the stream side.
@@ -27,35 +55,31 @@ struct AxisIntervals {
 };
 
 struct Tile {
-  Interval box[kMaxRank];                          // its tokens; fewer than the shape at the end of an axis
-  Interval stream[kMaxRank];                       // union of their intervals
-  Interval lane[kMaxRank][kLanes];                 // interval of each lane's token; empty where there is none
-  UintVec begin[kMaxRank];                         // the same as vectors
+  TileShape const& shape;
+  Interval box[kMaxRank];               // its tokens; fewer than the shape at the end of an axis
+  Interval stream[kMaxRank];            // union of their intervals
+  Interval interval[kMaxRank][kLanes];  // by place in the box; empty behind its end
+  UintVec begin[kMaxRank];              // the same as vectors, by lane
   UintVec size[kMaxRank];
-  IntVec position[kMaxRank];                       // of each lane's token
-  std::uint32_t lanes = 0;                         // bit set: there is a token
+  IntVec position[kMaxRank];            // of each lane's token
+  std::uint32_t lanes = ~0u;            // bit set: there is a token
 
-  Tile(TileShape const& shape, int const (&corner)[kMaxRank], Interval const (&block)[kMaxRank],
-       AxisIntervals const (&intervals)[kMaxRank]) {
+  Tile(TileShape const& shape_, int const (&corner)[kMaxRank], Interval const (&block)[kMaxRank],
+       AxisIntervals const (&intervals)[kMaxRank])
+      : shape(shape_) {
     for (int a = 0; a < kMaxRank; ++a) {
       box[a] = {corner[a], min(corner[a] + shape.size[a], block[a].end)};
+      int const n = box[a].size();
       stream[a] = {intervals[a][box[a].begin].begin, intervals[a][box[a].end - 1].end};
-    }
-    int l = 0;
-    for (int z = 0; z < shape.size[0]; ++z) {
-      for (int y = 0; y < shape.size[1]; ++y) {
-        for (int x = 0; x < shape.size[2]; ++x, ++l) {
-          int const p[kMaxRank] = {corner[0] + z, corner[1] + y, corner[2] + x};
-          bool const is_token = p[0] < box[0].end && p[1] < box[1].end && p[2] < box[2].end;
-          lanes |= std::uint32_t{is_token} << l;
-          for (int a = 0; a < kMaxRank; ++a) {
-            Interval const i = is_token ? intervals[a][p[a]] : Interval{};
-            lane[a][l] = i;
-            begin[a][l] = static_cast<std::uint32_t>(i.begin);
-            size[a][l] = static_cast<std::uint32_t>(i.size());
-            position[a][l] = p[a];
-          }
-        }
+      position[a] = shape.places[a] + corner[a];
+      lanes &= shape.below[a][n];
+      begin[a] = UintVec{};
+      size[a] = UintVec{};
+      for (int i = 0; i < shape.size[a]; ++i) {
+        interval[a][i] = i < n ? intervals[a][corner[a] + i] : Interval{};
+        IntVec const here = shape.places[a] == i;
+        begin[a] = here ? broadcast(std::uint32_t(interval[a][i].begin)) : begin[a];
+        size[a] = here ? broadcast(std::uint32_t(interval[a][i].size())) : size[a];
       }
     }
   }
@@ -66,16 +90,15 @@ struct Tile {
     Interval const everything[kMaxRank] = {{0, 1}, {0, 1}, {0, n}};
     for (int a = 0; a < kMaxRank; ++a) {
       all.stream[a] = everything[a];
-      for (int l = 0; l < kLanes; ++l) {
-        all.lane[a][l] = has(l) ? everything[a] : Interval{};
-        all.begin[a][l] = 0;
-        all.size[a][l] = static_cast<std::uint32_t>(all.lane[a][l].size());
-      }
+      all.begin[a] = UintVec{};
+      for (int i = 0; i < shape.size[a]; ++i) all.interval[a][i] = i < box[a].size() ? everything[a] : Interval{};
+      all.size[a] = size[a] != 0u ? broadcast(std::uint32_t(everything[a].size())) : UintVec{};
     }
     return all;
   }
 
-  NATTEN_INLINE bool has(int lane_index) const { return (lanes >> lane_index) & 1u; }
+  NATTEN_INLINE bool has(int lane) const { return (lanes >> lane) & 1u; }
+  NATTEN_INLINE Interval lane_interval(int axis, int lane) const { return interval[axis][shape.place[axis][lane]]; }
 
   // The union of the intervals of lanes [first, first + count); false if no lane holds a token.
   NATTEN_INLINE bool group_box(int first, int count, Interval (&out)[kMaxRank]) const {
@@ -83,7 +106,7 @@ struct Tile {
     for (int l = first; l < first + count; ++l) {
       if (!has(l)) continue;
       for (int a = 0; a < kMaxRank; ++a) {
-        Interval const i = lane[a][l];
+        Interval const i = lane_interval(a, l);
         out[a] = found ? Interval{min(out[a].begin, i.begin), max(out[a].end, i.end)} : i;
       }
       found = true;
@@ -107,16 +130,16 @@ struct Chunk {
   int x = 0;
   int width = 0;
   int rows = 0;
-  int z[kChunkTokens];
-  int y[kChunkTokens];
-  int token[kChunkTokens];  // packed index of the row's first token
+  int z[kMaxChunkTokens];
+  int y[kMaxChunkTokens];
+  int token[kMaxChunkTokens];  // packed index of the row's first token
 
   int tokens() const { return rows * width; }
 };
 
 // Calls visit(chunk) until the tile's part of a packed box is covered.
 template <class Visit>
-void for_each_chunk(Tile const& tile, StreamBox const& box, int tokens_per_word, Visit&& visit) {
+void for_each_chunk(Tile const& tile, StreamBox const& box, int max_tokens, int tokens_per_word, Visit&& visit) {
   Interval part[kMaxRank];
   for (int a = 0; a < kMaxRank; ++a) {
     part[a] = tile.stream[a].clipped_to(box.axis[a]);
@@ -126,14 +149,14 @@ void for_each_chunk(Tile const& tile, StreamBox const& box, int tokens_per_word,
   int const first = box.axis[2].begin;
   int const x_begin = first + (part[2].begin - first) / tokens_per_word * tokens_per_word;
   int const x_end = first + round_up(part[2].end - first, tokens_per_word);
-  int const pieces = ceil_div(x_end - x_begin, kChunkTokens);
-  int const width = round_up(ceil_div(x_end - x_begin, pieces), tokens_per_word);
+  int width = x_end - x_begin;
+  if (width > max_tokens) width = round_up(ceil_div(width, ceil_div(width, max_tokens)), 2 * kMaxRun);
   Chunk chunk;
   for (int x = x_begin; x < x_end; x += width) {
     chunk.x = x;
     chunk.width = min(width, x_end - x);
     chunk.rows = 0;
-    int const max_rows = kChunkTokens / chunk.width;
+    int const max_rows = max(1, max_tokens / chunk.width);
     for (int z = part[0].begin; z < part[0].end; ++z) {
       for (int y = part[1].begin; y < part[1].end; ++y) {
         chunk.z[chunk.rows] = z;
@@ -153,16 +176,40 @@ void for_each_chunk(Tile const& tile, StreamBox const& box, int tokens_per_word,
 // room for whole vectors of words. Fetches the lines of the next tile, `ahead` positions further on the last axis.
 template <class Math>
 void load_lanes(GroupView<typename Math::Storage const> const& from, Tile const& tile, int dim, int ahead, Vec* out) {
-  typename Math::Storage const* tokens[kLanes];
+  using Storage = typename Math::Storage;
+  Storage const zeros[2 * kLanes] = {};
+  Storage const* tokens[kLanes];
+  std::int64_t step[kLanes];  // 0 where there is no token: zeros are read again and again
   for (int l = 0; l < kLanes; ++l) {
-    tokens[l] = from.at(tile.position[0][l], tile.position[1][l], tile.position[2][l]);
-    if (ahead > 0) prefetch_token(tokens[l] + ahead * from.step[2], dim);
+    bool const has = tile.has(l);
+    tokens[l] = has ? from.at(tile.position[0][l], tile.position[1][l], tile.position[2][l]) : zeros;
+    step[l] = has ? kLanes * Math::kPerWord : 0;
+    if (ahead > 0 && has) prefetch_token(tokens[l] + ahead * from.step[2], dim);
   }
   for (int w = 0; w * Math::kPerWord < dim; w += kLanes) {
+    int const left = dim - w * Math::kPerWord;
     Vec rows[kLanes];
-    for (int l = 0; l < kLanes; ++l) rows[l] = tile.has(l) ? Math::load_words(tokens[l], w, dim) : Vec{};
+    if (left >= kLanes * Math::kPerWord) {
+#pragma GCC unroll 16
+      for (int l = 0; l < kLanes; ++l) rows[l] = Math::load_words(tokens[l], 0, kLanes * Math::kPerWord);
+    } else {
+      for (int l = 0; l < kLanes; ++l) rows[l] = Math::load_words(tokens[l], 0, left);
+    }
     transpose(rows);
+#pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) out[w + i] = rows[i];
+    for (int l = 0; l < kLanes; ++l) tokens[l] += step[l];
+  }
+}
+
+// Fetches the lines that the tile's results will be written to, long before they are: a store that misses stalls.
+template <class T>
+void prefetch_results(GroupView<T> const& to, Tile const& tile, int dim) {
+  constexpr int kLine = 64 / static_cast<int>(sizeof(T));
+  for (int l = 0; l < kLanes; ++l) {
+    if (!tile.has(l)) continue;
+    T const* const row = to.at(tile.position[0][l], tile.position[1][l], tile.position[2][l]);
+    for (int i = 0; i < dim; i += kLine) __builtin_prefetch(row + i, /*rw=*/1);
   }
 }
 
@@ -212,7 +259,7 @@ void accumulate_chunk(Tile const& tile, Chunk const& chunk, PackedTensor<Math> c
   Word const* const words = reinterpret_cast<Word const*>(weights);
   if (nonfinite) {
     for (int l = 0; l < kLanes; ++l) {
-      if (tile.has(l)) accumulate_exact<Math>(chunk, {tile.lane[0][l], tile.lane[1][l], tile.lane[2][l]}, stream, words + l, out + l * out_stride);
+      if (tile.has(l)) accumulate_exact<Math>(chunk, {tile.lane_interval(0, l), tile.lane_interval(1, l), tile.lane_interval(2, l)}, stream, words + l, out + l * out_stride);
     }
     return;
   }
@@ -239,7 +286,7 @@ void accumulate_chunk(Tile const& tile, Chunk const& chunk, PackedTensor<Math> c
   };
   auto const add = [&](Part const& part, int first, auto lanes_c) {
     if (part.empty) return;
-    WeightedRow rows[kChunkTokens];
+    WeightedRow rows[kMaxChunkTokens];
     int n = 0;
     for (int r = 0; r < chunk.rows; ++r) {
       if (!part.box[0].contains(chunk.z[r]) || !part.box[1].contains(chunk.y[r])) continue;
