@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import natten
 import numpy as np
 import skimage
 import torch
@@ -34,16 +33,31 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+import natten
+
 WINDOW = 21  # pixels across: what a pixel looks at
-COMPONENTS = 7  # principal components of a patch that are compared; with the extra column, head_dim 8
-IMAGES = ("camera", "astronaut", "chelsea", "coffee", "rocket", "moon")  # shipped inside scikit-image
+COMPONENTS = (
+    7  # principal components of a patch that are compared; with the extra column, head_dim 8
+)
+IMAGES = (
+    "camera",
+    "astronaut",
+    "chelsea",
+    "coffee",
+    "rocket",
+    "moon",
+)  # shipped inside scikit-image
+
+
+def padded(image: Tensor, radius: int) -> Tensor:
+    """[x, y, channels] -> [1, channels, x + 2 * radius, y + 2 * radius]."""
+    return functional.pad(image.permute(2, 0, 1)[None], (radius,) * 4, mode="reflect")
 
 
 def patches(image: Tensor, radius: int) -> Tensor:
     """The square around every pixel: [x, y, channels] -> [x, y, channels * side * side]."""
     x, y, _ = image.shape
-    padded = functional.pad(image.permute(2, 0, 1)[None], (radius,) * 4, mode="reflect")
-    return functional.unfold(padded, 2 * radius + 1)[0].T.reshape(x, y, -1)
+    return functional.unfold(padded(image, radius), 2 * radius + 1)[0].T.reshape(x, y, -1)
 
 
 def overlap_mean(squares: Tensor, radius: int) -> Tensor:
@@ -62,12 +76,15 @@ def features(noisy: Tensor, radius: int, sigma: float) -> Tensor:
 
     Noise is the same in all components and the picture is in a few: comparing those is both faster and less noisy.
     """
-    squares = patches(noisy, radius)
-    squares = squares - squares.mean((0, 1))
-    flat = squares.flatten(0, 1)
-    variance, vectors = torch.linalg.eigh(flat.T @ flat / len(flat))
+    squares = patches(noisy, radius).flatten(0, 1)[::7]  # enough to know the covariance
+    squares = squares - squares.mean(0)
+    variance, vectors = torch.linalg.eigh(squares.T @ squares / len(squares))
     variance, vectors = variance[-COMPONENTS:], vectors[:, -COMPONENTS:]
-    return squares @ (vectors * ((variance - sigma**2).clamp_min(0) / variance).sqrt())
+    vectors = vectors * ((variance - sigma**2).clamp_min(0) / variance).sqrt()
+    kernels = vectors.T.reshape(COMPONENTS, noisy.shape[-1], 2 * radius + 1, 2 * radius + 1)
+    found = functional.conv2d(padded(noisy, radius), kernels)[0]
+    # Smaller numbers, smaller rounding errors; differences stay.
+    return (found - found.mean((1, 2), keepdim=True)).permute(1, 2, 0)
 
 
 @dataclass(frozen=True)
@@ -82,9 +99,9 @@ class Attention:
         return natten.na2d(self.query, self.key, self.value, kernel_size=WINDOW, scale=1.0)
 
     def kernel(self) -> str:
-        """The kernel that runs it: the first candidate that nothing speaks against."""
-        found = natten.explain(self.query, self.key, self.value, kernel_size=WINDOW)
-        return next(candidate.kernel for candidate in found if not candidate.reasons)
+        """What runs it."""
+        found = natten.explain(self.query, self.key, self.value, kernel_size=WINDOW, scale=1.0)
+        return found.selected.kernel if found.selected else "nothing"
 
 
 def attention_of(noisy: Tensor, sigma: float, strength: float) -> Attention:

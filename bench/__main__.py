@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: MIT
+"""The command line of the benchmark."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from bench import measure, memory, overhead, report
+from bench.cases import CASES
+from bench.measure import FORWARD, FORWARD_BACKWARD, QUICK, Effort, Row
+from bench.methods import ALTERNATIVES, DTYPES, Problem
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Measures neighborhood attention against the machine's peak and against the exact "
+        "alternatives in torch, all in turns in one process. FLOPs count attended pairs only.",
+    )
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=("problems", "overhead", "memory"),
+        default="problems",
+        help="the named problems (default), the cost of a call and of the import, or the memory of a call above "
+        "its inputs and outputs",
+    )
+    names = [case.name for case in CASES]
+    parser.add_argument("--case", nargs="+", choices=names, default=names)
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
+    parser.add_argument("--head-dim", nargs="+", type=int, default=[64])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--forward-only", action="store_true")
+    parser.add_argument(
+        "--no-flex", action="store_true", help="saves its compilation, 10 s a problem"
+    )
+    parser.add_argument("--no-alternatives", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="few repetitions")
+    parser.add_argument("--load", type=Path, help="show a saved report instead of measuring")
+    parser.add_argument("--markdown", action="store_true", help="print the table as markdown")
+    parser.add_argument("--json", type=Path, help="save the report")
+    parser.add_argument("--plot", type=Path, help="save a plot of the shares of peak")
+    parser.add_argument("--compare", type=Path, help="exit with 1 if ratios fell since this report")
+    parser.add_argument("--threshold", type=float, default=0.1, help="of --compare, a fraction")
+    return parser.parse_args()
+
+
+def problems(arguments: argparse.Namespace) -> list[Problem]:
+    return [
+        Problem(case, dtype, head_dim, arguments.device)
+        for head_dim in arguments.head_dim
+        for dtype in arguments.dtype
+        for case in CASES
+        if case.name in arguments.case
+    ]
+
+
+def directions(arguments: argparse.Namespace) -> tuple[str, ...]:
+    return (FORWARD,) if arguments.forward_only else (FORWARD, FORWARD_BACKWARD)
+
+
+def measured(arguments: argparse.Namespace) -> report.Report:
+    busy = os.getloadavg()[0]
+    if busy > 0.3:
+        print(
+            f"Load average is {busy:.1f}: on an idle machine, results are better.", file=sys.stderr
+        )
+    skipped = {"flex"} if arguments.no_flex else set()
+    alternatives = tuple(name for name in ALTERNATIVES if name not in skipped)
+    if arguments.no_alternatives:
+        alternatives = ()
+    effort = QUICK if arguments.quick else Effort()
+    rows: list[Row] = []
+    for problem in (bar := tqdm(problems(arguments), leave=False)):
+        bar.set_description(f"{problem.case.name} {problem.dtype}")
+        rows += measure.measure(problem, directions(arguments), alternatives, effort)
+    rows.sort(key=lambda row: (row.head_dim, row.dtype != "fp32", row.dtype, row.direction))
+    return report.Report(report.machine(arguments.device), rows)
+
+
+def run_problems(arguments: argparse.Namespace) -> int:
+    result = report.Report.load(arguments.load) if arguments.load else measured(arguments)
+    print(result.machine, end="\n\n")
+    render = report.as_markdown if arguments.markdown else report.as_text
+    print(render(report.HEADER, report.cells(result.rows)))
+    for line in report.missing(result.rows):
+        print(line, file=sys.stderr)
+    if arguments.json:
+        result.save(arguments.json)
+    if arguments.plot:
+        report.plot(result, arguments.plot)
+    if not arguments.compare:
+        return 0
+    worse = report.regressions(report.Report.load(arguments.compare), result, arguments.threshold)
+    print(
+        f"\n{len(worse)} ratios fell by more than {arguments.threshold:.0%} since {arguments.compare}"
+    )
+    print(*worse, sep="\n")
+    return 1 if worse else 0
+
+
+def run_memory(arguments: argparse.Namespace) -> int:
+    header = ("problem", "dtype", "head dim", "direction", "MB", "MB a thread")
+    lines = []
+    for problem in tqdm(problems(arguments), leave=False):
+        for direction in directions(arguments):
+            extra = memory.extra_bytes(problem, direction, arguments.threads) / 1e6
+            name = (problem.case.name, problem.dtype, str(problem.head_dim), direction)
+            lines.append([*name, f"{extra:.2f}", f"{extra / arguments.threads:.2f}"])
+    render = report.as_markdown if arguments.markdown else report.as_text
+    print(report.machine("cpu"), render(header, lines), sep="\n\n")
+    return 0
+
+
+def run_overhead(arguments: argparse.Namespace) -> int:
+    lines = [[name, f"{value:,.1f}"] for name, value in overhead.overheads().items()]
+    render = report.as_markdown if arguments.markdown else report.as_text
+    print(report.machine("cpu"), render(("call", "us"), lines), sep="\n\n")
+    return 0
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    runners = {"problems": run_problems, "memory": run_memory, "overhead": run_overhead}
+    return runners[arguments.what](arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: MIT
+"""Times all methods and the machine's peak in turns, so that noise on the machine meets all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from bench.methods import OURS, Attention, Problem, UnavailableError, build, check
+from bench.peak import peak_flops
+
+FORWARD, FORWARD_BACKWARD = "forward", "forward+backward"
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long is measured.
+
+    Attributes:
+        rounds: Turns; in each, every method runs for a burst.
+        burst: Seconds of a method's turn; at least one call.
+        budget: Seconds after which a method takes no more turns, once it has had three.
+    """
+
+    rounds: int = 12
+    burst: float = 0.03
+    budget: float = 2.0
+
+
+QUICK = Effort(rounds=3, burst=0.01, budget=0.0)
+
+
+@dataclass
+class Row:
+    """The result for one problem in one direction."""
+
+    case: str
+    dtype: str
+    head_dim: int
+    direction: str
+    threads: int
+    flops: float  # useful: of attended pairs
+    peak: float | None  # FLOP/s; None where it is not measured
+    seconds: dict[str, float] = field(default_factory=dict)  # by method, medians
+    missing: dict[str, str] = field(default_factory=dict)  # by method, why it has no time
+
+    @property
+    def key(self) -> tuple[str, str, int, str]:
+        return self.case, self.dtype, self.head_dim, self.direction
+
+    @property
+    def gflops(self) -> float:
+        return self.flops / self.seconds[OURS] / 1e9
+
+    @property
+    def share_of_peak(self) -> float | None:
+        return None if self.peak is None else self.gflops * 1e9 / self.peak
+
+    @property
+    def times_best(self) -> float | None:
+        """How many times faster than the fastest alternative."""
+        others = [seconds for method, seconds in self.seconds.items() if method != OURS]
+        return min(others) / self.seconds[OURS] if others else None
+
+
+class _Turns:
+    """A method's calls and their times."""
+
+    def __init__(self, run: Callable[[], object], synchronize: Callable[[], None]) -> None:
+        self._run = run
+        self._synchronize = synchronize
+        self.times: list[float] = []
+        self._timed_call()  # compiles, and faults pages in
+
+    def _timed_call(self) -> float:
+        self._synchronize()
+        start = time.perf_counter()
+        self._run()
+        self._synchronize()
+        return time.perf_counter() - start
+
+    def burst(self, effort: Effort) -> None:
+        if len(self.times) >= 3 and sum(self.times) > effort.budget:
+            return
+        spent = self._timed_call()  # warms the caches again after another method's turn
+        if spent > effort.burst:
+            self.times.append(spent)
+            return
+        while spent < effort.burst:
+            self.times.append(self._timed_call())
+            spent += self.times[-1]
+
+
+def _synchronizer(device: str) -> Callable[[], None]:
+    return torch.accelerator.synchronize if device != "cpu" else lambda: None
+
+
+def measure(
+    problem: Problem, directions: tuple[str, ...], alternatives: tuple[str, ...], effort: Effort
+) -> list[Row]:
+    """One row per direction."""
+    threads = torch.get_num_threads()
+    rows = {
+        direction: Row(
+            problem.case.name,
+            problem.dtype,
+            problem.head_dim,
+            direction,
+            threads,
+            problem.case.flops(problem.head_dim, backward=direction == FORWARD_BACKWARD),
+            None,
+        )
+        for direction in directions
+    }
+    synchronize = _synchronizer(problem.device)
+    turns: dict[tuple[str, str], _Turns] = {}
+    ours = build(OURS, problem)
+    expected = ours.heads_last(ours.forward()())
+    for method in (OURS, *alternatives):
+        for direction, row in rows.items():
+            try:
+                attention = build(method, problem, backward=direction == FORWARD_BACKWARD)
+                check(problem, expected, method, attention.heads_last(attention.forward()()))
+                turns[method, direction] = _Turns(_runner(attention, direction), synchronize)
+            except UnavailableError as reason:
+                row.missing[method] = str(reason)
+    peaks = []
+    for _ in range(effort.rounds):
+        for turn in turns.values():
+            turn.burst(effort)
+        if problem.device == "cpu":
+            peaks.append(peak_flops(problem.dtype, threads))
+    for (method, direction), turn in turns.items():
+        rows[direction].seconds[method] = statistics.median(turn.times)
+    for row in rows.values():
+        row.peak = statistics.median(peaks) if peaks else None
+    return list(rows.values())
+
+
+def _runner(attention: Attention, direction: str) -> Callable[[], object]:
+    return attention.forward() if direction == FORWARD else attention.forward_backward()

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: MIT
+"""Peak memory of one call above its inputs and outputs, in a process of its own: ``python -m bench.memory``."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench.cases import CASES, Case
+from bench.measure import FORWARD, FORWARD_BACKWARD
+from bench.methods import OURS, Problem, build
+
+
+def extra_bytes(problem: Problem, direction: str, threads: int) -> int:
+    """What a first call of that size needs beyond its inputs and outputs (of which LSE is one)."""
+    asked = json.dumps([problem.case.name, problem.dtype, problem.head_dim, direction, threads])
+    command = (sys.executable, "-m", "bench.memory", asked)
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
+
+
+def _run(problem: Problem, direction: str) -> int:
+    """The peak resident memory of the call, less what was resident before and what came out."""
+    attention = build(OURS, problem)
+    tiny = build(
+        OURS, Problem(Case("tiny", (3,) * len(problem.case.grid), (1,) * 3), problem.dtype, 8)
+    )
+    if direction == FORWARD:
+        tiny.forward()()
+        run = attention.forward()
+    else:
+        tiny.forward_backward()()
+        run = attention.forward_backward()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _status("VmRSS")
+    result = run()
+    peak = _status("VmHWM")
+    value = attention.operands[2]
+    outputs = value.nbytes + 4 * value.numel() // problem.head_dim
+    if direction == FORWARD_BACKWARD:
+        gradients = result if isinstance(result, tuple) else (result,)
+        outputs += sum(gradient.nbytes for gradient in gradients if isinstance(gradient, Tensor))
+    return peak - before - outputs
+
+
+def main() -> None:
+    name, dtype, head_dim, direction, threads = json.loads(sys.argv[1])
+    torch.set_num_threads(threads)
+    case = next(case for case in CASES if case.name == name)
+    print(_run(Problem(case, dtype, head_dim), direction))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: MIT
+"""Neighborhood attention, and the exact ways to compute the same that torch offers without it."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+import natten
+from bench.cases import Case
+
+Operands = tuple[Tensor, Tensor, Tensor]
+
+OURS = "natten"
+ALTERNATIVES = ("sdpa mask", "flex", "gather")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Largest difference from ours at which a method counts as the same: rounding of probabilities and outputs of size 1.
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
+_MAX_GATHER_BYTES = 6 << 30
+
+
+class UnavailableError(Exception):
+    """A method cannot run the problem, and why."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is measured: a case in a data type, a head dim and on a device."""
+
+    case: Case
+    dtype: str
+    head_dim: int
+    device: str = "cpu"
+
+    def operands(self) -> Operands:
+        """Random query, key and value `[batch, *grid, heads, head_dim]`, always the same."""
+        shape = (self.case.batch, *self.case.grid, self.case.heads, self.head_dim)
+        generator = torch.Generator().manual_seed(0)
+        made = [torch.randn(shape, generator=generator) for _ in range(3)]
+        query, key, value = (t.to(self.device, DTYPES[self.dtype]) for t in made)
+        return query, key, value
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A method bound to a problem: operands in the layout it likes best, and what it does with them."""
+
+    operands: Operands
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    heads_first: bool = (
+        True  # [batch, heads, tokens, head_dim] instead of [batch, *grid, heads, head_dim]
+    )
+
+    def forward(self) -> Callable[[], Tensor]:
+        operands = [t.detach() for t in self.operands]
+        return lambda: self.attend(*operands)
+
+    def forward_backward(self) -> Callable[[], tuple[Tensor, ...]]:
+        leaves = [t.detach().clone().requires_grad_() for t in self.operands]
+        d_output = torch.ones_like(leaves[2])
+        return lambda: torch.autograd.grad(self.attend(*leaves), leaves, d_output)
+
+    def heads_last(self, output: Tensor) -> Tensor:
+        """The output, as `[batch, tokens, heads, head_dim]`."""
+        return output.transpose(1, 2) if self.heads_first else output.flatten(1, -3)
+
+
+def build(method: str, problem: Problem, *, backward: bool = False) -> Attention:
+    """The method, ready to run.
+
+    Raises:
+        UnavailableError: If it cannot run.
+    """
+    if method == OURS:
+        na = (natten.na1d, natten.na2d, natten.na3d)[len(problem.case.grid) - 1]
+        attend = functools.partial(na, kernel_size=problem.case.kernel_size)
+        return Attention(problem.operands(), attend, heads_first=False)
+    return Attention(_heads_first(problem), _BUILDERS[method](problem, backward))
+
+
+def _heads_first(problem: Problem) -> Operands:
+    query, key, value = problem.operands()
+    layout = [t.flatten(1, -3).transpose(1, 2).contiguous() for t in (query, key, value)]
+    return layout[0], layout[1], layout[2]
+
+
+def _window_begin(token: Tensor, extent: int, kernel_size: int) -> Tensor:
+    # Written out here so that FlexAttention can compile it; `check` compares the results with ours.
+    return (token - kernel_size // 2).clamp(0, extent - kernel_size)
+
+
+def _sdpa(problem: Problem, backward: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    for extent, kernel_size in zip(problem.case.grid, problem.case.kernel_size, strict=True):
+        token = torch.arange(extent)
+        distance = token - _window_begin(token, extent, kernel_size)[:, None]
+        axis = (distance >= 0) & (distance < kernel_size)
+        rows, columns = mask.shape
+        outer = mask[:, None, :, None] & axis[None, :, None, :]
+        mask = outer.reshape(rows * extent, columns * extent)
+    return functools.partial(
+        functional.scaled_dot_product_attention, attn_mask=mask.to(problem.device)
+    )
+
+
+def _flex(problem: Problem, backward: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    if backward and problem.device == "cpu":
+        message = "FlexAttention has no backward on CPU"
+        raise UnavailableError(message)
+    grid, kernel_size = problem.case.grid, problem.case.kernel_size
+
+    def in_window(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        inside = torch.ones((), dtype=torch.bool, device=query.device)
+        for extent, size in zip(reversed(grid), reversed(kernel_size), strict=True):
+            distance = key % extent - _window_begin(query % extent, extent, size)
+            inside = inside & (distance >= 0) & (distance < size)
+            query, key = query // extent, key // extent
+        return inside
+
+    # A graph of its own for every problem: nothing is compiled for shapes in general.
+    torch.compiler.reset()
+    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+    operands = _heads_first(problem)
+    tokens = problem.case.tokens
+
+    def with_blocks(size: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        blocks = create_block_mask(
+            in_window, None, None, tokens, tokens, device=problem.device, BLOCK_SIZE=size
+        )
+        return functools.partial(compiled, block_mask=blocks)
+
+    # 128 is the default; on a CPU, 32 is up to 1.6 times faster on some problems and slower on others.
+    sizes = (128, 32) if problem.device == "cpu" else (128,)
+    return min(map(with_blocks, sizes), key=lambda attend: _seconds(attend, operands))
+
+
+def _seconds(attend: Callable[[Tensor, Tensor, Tensor], Tensor], operands: Operands) -> float:
+    def timed() -> float:
+        start = time.perf_counter()
+        attend(*operands)
+        return time.perf_counter() - start
+
+    timed()  # compiles
+    return min(timed() for _ in range(3))
+
+
+def _gather(problem: Problem, backward: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    case = problem.case
+    window = case.pairs // case.tokens
+    element_size = DTYPES[problem.dtype].itemsize
+    # Keys and values; backward their gradients, too.
+    needed = (4 if backward else 2) * case.batch * case.heads * case.pairs
+    needed *= problem.head_dim * element_size
+    if needed > _MAX_GATHER_BYTES:
+        message = f"gathered tensors would take {needed / 1e9:.0f} GB"
+        raise UnavailableError(message)
+    index = torch.zeros(1, 1, dtype=torch.int64)
+    for extent, kernel_size in zip(case.grid, case.kernel_size, strict=True):
+        begin = _window_begin(torch.arange(extent), extent, kernel_size)
+        axis = begin[:, None] + torch.arange(kernel_size)
+        outer = index[:, None, :, None] * extent + axis[None, :, None, :]
+        index = outer.reshape(len(index) * extent, index.shape[1] * kernel_size)
+    flat_index = index.flatten().to(problem.device)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        gathered_key = key.index_select(2, flat_index).unflatten(2, (-1, window))
+        gathered_value = value.index_select(2, flat_index).unflatten(2, (-1, window))
+        logits = query[..., None, :] @ gathered_key.mT * problem.head_dim**-0.5
+        return (logits.softmax(-1) @ gathered_value)[..., 0, :]
+
+    return attend
+
+
+_BUILDERS = {"sdpa mask": _sdpa, "flex": _flex, "gather": _gather}
+
+
+def check(problem: Problem, expected: Tensor, method: str, output: Tensor) -> None:
+    """Raises ArithmeticError unless the method's result is ours: a baseline of something else would be no baseline."""
+    worst = float((output.float() - expected.float()).abs().max())
+    if not worst <= TOLERANCE[problem.dtype]:
+        message = f"{method} differs from {OURS} by {worst:.2g} on {problem}"
+        raise ArithmeticError(message)

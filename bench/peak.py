@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: MIT
+"""The most FLOP/s this machine can do in a data type: `peak.cpp`, compiled here on first use."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import subprocess
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+_SOURCE = Path(__file__).with_name("peak.cpp")
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = RESULTS / "peak.so"
+    if not library.exists() or library.stat().st_mtime < _SOURCE.stat().st_mtime:
+        RESULTS.mkdir(exist_ok=True)
+        compiler = os.environ.get("CXX", "g++")
+        flags = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
+        subprocess.run([compiler, *flags, str(_SOURCE), "-o", str(library)], check=True)
+    loaded = ctypes.CDLL(str(library))
+    for name in ("peak_fp32", "peak_bf16"):
+        function = getattr(loaded, name)
+        function.argtypes = (ctypes.c_int, ctypes.c_double)
+        function.restype = ctypes.c_double
+    return loaded
+
+
+def peak_flops(dtype: str, threads: int, seconds: float = 0.02) -> float:
+    """FLOP/s of `threads` threads in fp32 multiply-adds, or for bf16 in its dot product where the CPU has one.
+
+    fp16 counts against fp32: its numbers are converted, as CPUs with fp16 arithmetic are rare.
+    """
+    library = _library()
+    measure = library.peak_bf16 if dtype == "bf16" else library.peak_fp32
+    return float(measure(threads, seconds))
