@@ -35,7 +35,7 @@ class Forward {
     auto const query = query_view<Storage const>(problem_, arguments.query, c.item.groups, c.item.batch, c.head);
     load_lanes<Math>(query, c.tile, problem_.head_dim, c.ahead, lanes_);
     auto const output = query_view<Storage>(problem_, arguments.output, c.item.groups, c.item.batch, c.head);
-    prefetch_results(output, c.tile, problem_.head_dim_value);
+    prefetch_lanes(output, c.tile, problem_.head_dim_value, 0);
   }
 
   void attend(TileContext const&, KeyStream<Math> const& stream, Tile const& tile, Bias const& bias, float* state) const {

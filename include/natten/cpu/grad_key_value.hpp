@@ -135,10 +135,10 @@ class GradKeyValue {
                              problem_.head_dim, ahead, memory.key_lanes);
             load_lanes<Math>(tile_view<Storage const>(arguments_.value, arguments_.additional_values, item), tile,
                              problem_.head_dim_value, ahead, memory.value_lanes);
-            prefetch_results(tile_view<Storage>(arguments_.d_key, arguments_.d_additional_keys, item), tile,
-                             problem_.head_dim);
-            prefetch_results(tile_view<Storage>(arguments_.d_value, arguments_.d_additional_values, item), tile,
-                             problem_.head_dim_value);
+            prefetch_lanes(tile_view<Storage>(arguments_.d_key, arguments_.d_additional_keys, item), tile,
+                           problem_.head_dim, 0);
+            prefetch_lanes(tile_view<Storage>(arguments_.d_value, arguments_.d_additional_values, item), tile,
+                           problem_.head_dim_value, 0);
             Bias const bias = source_ == KeySource::kWindow
                                   ? Bias(problem_, arguments_.rpb, head, tile, Side::kKey)
                                   : Bias();

@@ -63,8 +63,12 @@ class GradQuery {
                      problem_.head_dim, c.ahead, query_lanes_);
     load_lanes<Math>(query_view<Storage const>(problem_, arguments.d_output, groups, c.item.batch, c.head), c.tile,
                      problem_.head_dim_value, c.ahead, d_output_lanes_);
-    prefetch_results(query_view<Storage>(problem_, arguments.d_query, groups, c.item.batch, c.head), c.tile,
-                     problem_.head_dim);
+    prefetch_lanes(query_view<Storage>(problem_, arguments.d_query, groups, c.item.batch, c.head), c.tile,
+                   problem_.head_dim, 0);
+    if (c.ahead > 0) {
+      prefetch_lanes(query_view<Storage const>(problem_, arguments.output, groups, c.item.batch, c.head), c.tile,
+                     problem_.head_dim_value, c.ahead);
+    }
     lse2_ = broadcast(kInfinity);
     delta_ = Vec{};
     for (int l = 0; l < kLanes; ++l) {

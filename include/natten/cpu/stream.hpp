@@ -4,6 +4,8 @@
 // the L1 sets (10-25 % slower).
 #pragma once
 
+#include <type_traits>
+
 #include "natten/arguments.hpp"
 #include "natten/cpu/micro.hpp"
 
@@ -74,10 +76,11 @@ NATTEN_INLINE bool any(IntVec mask) {
 }
 
 // Rows of a head are a stride apart that hardware prefetchers give up on: ask for the lines of a token some tokens ahead.
+// A line that may be written is fetched to be owned.
 template <class T>
-NATTEN_INLINE void prefetch_token(T const* row, int dim) {
+NATTEN_INLINE void prefetch_token(T* row, int dim) {
   constexpr int kLine = 64 / static_cast<int>(sizeof(T));
-  for (int i = 0; i < dim; i += kLine) __builtin_prefetch(row + i);
+  for (int i = 0; i < dim; i += kLine) __builtin_prefetch(row + i, /*rw=*/!std::is_const<T>::value);
 }
 
 constexpr int kPrefetchTokens = 8;

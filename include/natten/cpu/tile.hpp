@@ -202,14 +202,12 @@ void load_lanes(GroupView<typename Math::Storage const> const& from, Tile const&
   }
 }
 
-// Fetches the lines that the tile's results will be written to, long before they are: a store that misses stalls.
+// Fetches the lines of the tile's tokens in another tensor: results that will be written, long before they are, as a store
+// that misses stalls; or, `ahead` positions further, what the next tile reads.
 template <class T>
-void prefetch_results(GroupView<T> const& to, Tile const& tile, int dim) {
-  constexpr int kLine = 64 / static_cast<int>(sizeof(T));
+void prefetch_lanes(GroupView<T> const& view, Tile const& tile, int dim, int ahead) {
   for (int l = 0; l < kLanes; ++l) {
-    if (!tile.has(l)) continue;
-    T const* const row = to.at(tile.position[0][l], tile.position[1][l], tile.position[2][l]);
-    for (int i = 0; i < dim; i += kLine) __builtin_prefetch(row + i, /*rw=*/1);
+    if (tile.has(l)) prefetch_token(view.at(tile.position[0][l], tile.position[1][l], tile.position[2][l] + ahead), dim);
   }
 }
 
