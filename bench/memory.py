@@ -31,9 +31,8 @@ def _status(field: str) -> int:
 def _run(problem: Problem, direction: str) -> int:
     """The peak resident memory of the call, less what was resident before and what came out."""
     attention = build(OURS, problem)
-    tiny = build(
-        OURS, Problem(Case("tiny", (3,) * len(problem.case.grid), (1,) * 3), problem.dtype, 8)
-    )
+    ones = (1,) * len(problem.case.grid)
+    tiny = build(OURS, Problem(Case("one token", ones, ones), problem.dtype, problem.head_dim))
     if direction == FORWARD:
         tiny.forward()()
         run = attention.forward()
