@@ -16,24 +16,24 @@ from torch import Tensor
 
 import natten
 
-SIDE = 11  # tokens
-CELL = 15  # pixels
+SIDE = 15  # tokens
+CELL = 12  # pixels
 GAP = 26
 TITLE = 40
 QUERY, KEY, SHARED, EMPTY = "#c0392b", "#3b7dd8", "#e8a29a", "#edf0f4"
 LEGEND = {
     QUERY: "the query",
     KEY: "keys it attends to",
-    SHARED: "as well: queries with the same window",
+    SHARED: "keys, and queries with the same window",
 }
 
 # Title, second line, query, arguments of na2d.
 PANELS: tuple[tuple[str, str, tuple[int, int], dict[str, Any]], ...] = (
-    ("kernel_size=5", "25 keys around the query", (5, 5), {}),
+    ("kernel_size=5", "25 keys around the query", (7, 7), {}),
     ("at the border", "the window moves inwards", (0, 1), {}),
-    ("dilation=2", "every second token", (5, 5), {"dilation": 2}),
-    ("stride=3", "runs of queries share a window", (5, 5), {"stride": 3}),
-    ("is_causal=(True, False)", "nothing below the query", (5, 5), {"is_causal": (True, False)}),
+    ("dilation=2", "every second token", (7, 7), {"dilation": 2}),
+    ("stride=3", "runs of queries share a window", (7, 7), {"stride": 3}),
+    ("is_causal=(True, False)", "nothing below the query", (7, 7), {"is_causal": (True, False)}),
     ('boundary="mask"', "the window is cut off", (0, 1), {"boundary": "mask"}),
 )
 
@@ -64,8 +64,8 @@ def panel(title: str, subtitle: str, query: tuple[int, int], arguments: dict[str
             colour = QUERY
         squares[colour].append(square(column * CELL, TITLE + row * CELL))
     lines = [
-        f'<text y="14" font-weight="bold">{escape(title)}</text>',
-        f'<text y="30">{escape(subtitle)}</text>',
+        f'<text y="14" font-weight="bold">{escape(title, quote=False)}</text>',
+        f'<text y="30">{escape(subtitle, quote=False)}</text>',
         *(f'<path fill="{colour}" d="{"".join(path)}"/>' for colour, path in squares.items()),
     ]
     return "\n".join(lines)
@@ -90,9 +90,9 @@ def main() -> None:
         x, y = GAP + n % 3 * width, GAP + n // 3 * height
         parts.append(f'<g transform="translate({x},{y})">\n{panel(*content)}\n</g>')
     for n, (colour, meaning) in enumerate(LEGEND.items()):
-        x, y = GAP + n * width, GAP + rows * height
+        x, y = GAP + n * 150, GAP + rows * height
         parts.append(f'<path fill="{colour}" d="{square(x, y)}"/>')
-        parts.append(f'<text x="{x + CELL + 4}" y="{y + 11}">{meaning}</text>')
+        parts.append(f'<text x="{x + CELL + 4}" y="{y + 9}">{meaning}</text>')
     parts.append("</svg>")
     Path(__file__).with_name("window.svg").write_text("\n".join(parts) + "\n")
 
