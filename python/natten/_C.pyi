@@ -1,13 +1,14 @@
 """The compiled core. Knows no torch: tensors arrive as addresses and strides."""
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 # An axis as 11 integers, in the order of `AXIS_FIELDS`: extent, kernel_size, stride, dilation, is_causal, boundary,
 # offset, query_origin, query_extent, key_origin, key_extent (see natten::Axis in include/natten/window.hpp).
-AxisInts = Sequence[int]
+AxisInts: TypeAlias = Sequence[int]
 # Address, batch stride, axis strides (one per axis of the problem's rank; for additional tokens one), head stride.
 # Strides in elements. Address 0 means "not there".
-Tensor = tuple[int, int, tuple[int, ...], int]
+Tensor: TypeAlias = tuple[int, int, tuple[int, ...], int]
 
 AXIS_FIELDS: tuple[str, ...]
 BOUNDARIES: tuple[str, ...]
@@ -43,9 +44,7 @@ class Problem:
 def kernels() -> list[Kernel]:
     """Every row of the table that was compiled in, in order of preference."""
 
-def candidates(
-    problem: Problem, op: str, backend: str, isa: str
-) -> list[tuple[Kernel, list[str]]]:
+def candidates(problem: Problem, op: str, backend: str, isa: str) -> list[tuple[Kernel, list[str]]]:
     """Rows of `op` in order of preference, each with the reasons why it cannot run (empty: it can).
 
     backend "auto" considers all; isa "" means the best this CPU has.
@@ -86,7 +85,10 @@ def backward(
     num_threads: int,
 ) -> None: ...
 def windows(axis: AxisInts) -> list[tuple[int, int, int, int]]:
-    """For every token of the query tensor: (dilation group, begin, end, size before clipping), in group positions."""
+    """For every token of the query tensor: (dilation group, begin, end, keys its softmax counts), in group positions.
+
+    The softmax counts end - begin keys, but for boundary "zeros" the missing ones too.
+    """
 
 def inverse_windows(axis: AxisInts) -> list[tuple[int, int, int]]:
     """For every token of the key tensor: (dilation group, begin, end) of the queries attending to it."""
