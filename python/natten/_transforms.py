@@ -20,12 +20,16 @@ from natten._problem import Operands
 _NUM_OPERANDS = len(Operands._fields)
 
 
+def _below_autograd(op: Any, arguments: tuple[Any, ...]) -> Any:
+    """`op` for the inside of a Function: there, recording is off, but an outer torch.func transform wants it on."""
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), _AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
-        # Grad mode is off in here, but an outer torch.func transform may want to record what is below.
-        with torch.enable_grad(), _AutoDispatchBelowAutograd():
-            output, lse = FORWARD(*arguments)
+        output, lse = _below_autograd(FORWARD, arguments)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*arguments[:_NUM_OPERANDS], output, lse)
         ctx.settings = arguments[_NUM_OPERANDS:]
@@ -50,9 +54,9 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
-        with torch.enable_grad(), _AutoDispatchBelowAutograd():
-            gradients = BACKWARD(*arguments)
-        operands, (_, _, d_output, d_lse, axes, scale, _) = _split(arguments)
+        gradients = _below_autograd(BACKWARD, arguments)
+        operands, rest = _split(arguments)
+        _, _, d_output, d_lse, axes, scale, _ = rest
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*operands, d_output, d_lse)
         ctx.settings = tuple(axes), scale

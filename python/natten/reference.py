@@ -153,7 +153,9 @@ class _Computed:
             shift = torch.where(missing > 0, shift.clamp(min=0), shift)
             shift = shift.masked_fill(shift == -math.inf, 0)
         exponentials = (logits - shift[..., None]).exp()
-        total = exponentials.sum(dim=-1) + missing * (-shift).exp()
+        # Where none is missing, 0: not 0 times the overflow that very negative logits would be here.
+        zeros = missing * (-shift).masked_fill(missing == 0, -math.inf).exp()
+        total = exponentials.sum(dim=-1) + zeros
         # No key at all: weights 0 and LSE -inf, and no NaN on the way back.
         alone = total == 0
         total = total.masked_fill(alone, 1)

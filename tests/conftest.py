@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: MIT
+"""What all tests share: the device they run on, and seeds that are fixed and printed."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+pytest.register_assert_rewrite("tests.oracle")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where tensors live: cpu, cuda, ...")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    name: str = request.config.getoption("--device")
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        pytest.skip(f"no device {name!r} here: {error}")
+    return name
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> int:
+    """Seeds torch by the test's name: the same in every run, whatever else runs."""
+    number = zlib.crc32(request.node.nodeid.encode())
+    print(f"torch seed {number}")  # shown if the test fails
+    torch.manual_seed(number)
+    return number
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """Tests may set the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: MIT
+"""Every row of the kernel table, every instruction set forced, against the reference in float64."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+
+import natten
+from natten import _C
+from tests import oracle
+from tests.cases import FEATURES, NAMED, PAIRS, Problem, named_problem, random_problem
+
+ROWS = [kernel for kernel in _C.kernels() if kernel.op == "forward"]
+BASELINE = "baseline"
+
+
+def dtype_of(row) -> torch.dtype:
+    return getattr(torch, row.dtypes[0])
+
+
+@functools.lru_cache(maxsize=None)
+def expectation(problem: Problem, dtype: torch.dtype):
+    """What is right, from the reference in float64, and what a dense computation makes of it in `dtype`."""
+    operands = problem.operands(dtype)
+    exact = oracle.run(
+        lambda *t: call(problem, t, "reference"), [None if t is None else t.double() for t in operands]
+    )
+    return exact, oracle.run(lambda *t: oracle.dense(problem, t, dtype), operands)
+
+
+def call(problem: Problem, operands, backend=None):
+    query, key, value, more_keys, more_values, rpb = operands
+    return natten.neighborhood_attention_generic(
+        query,
+        key,
+        value,
+        additional_keys=more_keys,
+        additional_values=more_values,
+        rpb=rpb,
+        return_lse=True,
+        backend=backend,
+        **problem.arguments(),
+    )
+
+
+@pytest.fixture(params=ROWS, ids=lambda row: row.name)
+def row(request, monkeypatch):
+    """A forward row of the table, forced."""
+    return force(request.param, monkeypatch)
+
+
+def force(kernel, monkeypatch):
+    if kernel.isa != BASELINE:
+        if kernel.isa not in _C.cpu_isas():
+            pytest.skip(f"this CPU does not run {kernel.isa}")
+        monkeypatch.setenv("NATTEN_CPU_ISA", kernel.isa)
+    return kernel
+
+
+def check(problem: Problem, row) -> None:
+    dtype = dtype_of(row)
+    operands = problem.operands(dtype)
+    if max(problem.head_dim, problem.head_dim_value) <= row.max_head_dim:
+        selected = natten.explain(
+            *operands[:3],
+            backend=row.backend,
+            additional_keys=operands[3],
+            additional_values=operands[4],
+            rpb=operands[5],
+            **problem.arguments(),
+        ).selected
+        assert selected.kernel == row.name
+    exact, lossy = expectation(problem, dtype)
+    results = oracle.run(lambda *t: call(problem, t, row.backend), operands)
+    oracle.assert_as_good_as_dense(results, exact, lossy, dtype)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_feature(feature, row):
+    check(random_problem((feature,), 0), row)
+
+
+@pytest.mark.parametrize("index", range(len(PAIRS)), ids=lambda i: "-".join(PAIRS[i]))
+def test_pair_of_features(index, row):
+    # All pairs in float32; a third of them in the other types, another third for each instruction set.
+    if dtype_of(row) != torch.float32 and index % 3 != ROWS.index(row) % 3:
+        pytest.skip("another row's third")
+    check(random_problem(PAIRS[index], 1), row)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_anything(seed, row):
+    check(random_problem((), seed), row)
+
+
+@pytest.mark.parametrize("case", NAMED, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_named_problem(case, dtype):
+    """The benchmark's problems at full extent, as the best kernel of this machine computes them."""
+    problem = named_problem(case, heads=1, heads_kv=1, head_dim=16, head_dim_value=16)
+    operands = problem.operands(dtype)
+    exact = oracle.run(
+        lambda *t: call(problem, t, "reference"), [None if t is None else t.float() for t in operands]
+    )
+    results = oracle.run(lambda *t: call(problem, t), operands)
+    for name, result, right in zip(oracle.NAMES, results, exact, strict=True):
+        if right is not None:
+            bound = {torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype] * right.abs().max().item()
+            oracle.assert_close(result, right, bound, name)
+
+
+@pytest.mark.parametrize("head_dim", [1, 2, 7, 15, 16, 17, 31, 33, 63, 64, 65, 96, 127, 128, 160, 256, 511, 512])
+def test_head_dim(head_dim, row):
+    if head_dim > 64 and row.isa not in (BASELINE, *_C.cpu_isas()[:1]):
+        pytest.skip("large head dims run on the best instruction set")
+    problem = replace(
+        random_problem(("rank2", "rpb", "additional"), 5),
+        head_dim=head_dim,
+        head_dim_value=max(1, 512 - head_dim) if head_dim % 2 else head_dim,
+        magnitude=1.0,
+    )
+    check(problem, row)
+
+
+def test_beyond_the_largest_head_dim():
+    """No fused kernel goes there; the naive ones go anywhere."""
+    x = torch.randn(1, 9, 1, 700)
+    assert natten.explain(x, x, x, kernel_size=3).selected.backend == "naive"
+    expected = natten.na1d(x.double(), x.double(), x.double(), 3, backend="reference")
+    oracle.assert_close(natten.na1d(x, x, x, 3), expected, 1e-5)
+
+
+def test_huge_logits(row):
+    problem = replace(random_problem(("rank2", "zeros"), 11), magnitude=1e4, scale=1.0, head_dim=16)
+    operands = problem.operands(dtype_of(row))
+    output, lse = call(problem, operands, row.backend)
+    assert output.isfinite().all()
+    _, expected_lse = call(problem, [None if t is None else t.double() for t in operands], "reference")
+    largest = expected_lse[expected_lse.isfinite()].abs().max().item()
+    oracle.assert_close(lse, expected_lse, 1e-5 * largest, "lse")
+
+
+def test_bitwise_repeatable(row):
+    """Forward and backward are deterministic, and do not depend on the number of threads."""
+    problem = random_problem(("rank2", "gqa", "rpb", "additional"), 3)
+    operands = problem.operands(dtype_of(row))
+    runs = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        runs.append(oracle.run(lambda *t: call(problem, t, row.backend), operands))
+    for name, *results in zip(oracle.NAMES, *runs, strict=True):
+        for result in results[1:]:
+            assert (result is None) == (results[0] is None)
+            assert result is None or torch.equal(result, results[0]), name
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", ["query", "key", "value", "d_output"])
+def test_poison_stays_where_it_belongs(poison, which, row):
+    """A NaN or inf reaches only what attends to it, forward and backward."""
+    problem = Problem(
+        grid=(9, 10),
+        kernel_size=(3, 4),
+        stride=(1, 2),
+        dilation=(2, 1),
+        is_causal=(False, False),
+        boundary=("shift", "mask"),
+        offset=(0, 0),
+        query_box=((0, 9), (0, 10)),
+        key_box=((0, 9), (0, 10)),
+        heads=1,
+        heads_kv=1,
+    )
+    place = (4, 5)
+    flat = place[0] * 10 + place[1]
+    attends, _, _ = oracle.mask(problem)
+    tensors = dict(zip(("query", "key", "value"), problem.operands(dtype_of(row)), strict=False))
+    cotangent = torch.randn(1, 9, 10, 1, 16).to(dtype_of(row))
+
+    def run():
+        inputs = [t.detach().requires_grad_() for t in tensors.values()]
+        output, lse = call(problem, (*inputs, None, None, None), row.backend)
+        gradients = torch.autograd.grad(output, inputs, cotangent)
+        return [t.detach().flatten(1, 2)[0] for t in (output, lse, *gradients)]
+
+    clean = run()
+    poisoned = tensors[which] if which in tensors else cotangent
+    poisoned[0, place[0], place[1], 0, 3] = poison
+    dirty = run()
+    # Queries that see the poison; then the keys that see such a query.
+    queries = torch.zeros(90, dtype=torch.bool)
+    if which in ("query", "d_output"):
+        queries[flat] = True
+    else:
+        queries = attends[:, flat].clone()
+    keys = attends[queries].any(0)
+    forward = queries if which != "d_output" else torch.zeros_like(queries)
+    for name, before, after, may in zip(
+        ("output", "lse", "d_query", "d_key", "d_value"),
+        clean,
+        dirty,
+        (forward, forward, queries, keys, keys),
+        strict=True,
+    ):
+        assert torch.equal(before[~may], after[~may]), f"{which} leaks into {name}"
+    if which == "value":
+        assert not dirty[0][queries][..., 3].isfinite().any()
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_wrong_kernel_is_noticed(which, monkeypatch):
+    """Tests the tests: keys read one token away, query and key exchanged, one number of the output changed."""
+    original = _C.forward
+
+    def mutated(problem, kernel, query, key, value, *rest):
+        if which == 0:
+            key = (key[0] + key[2][0] * 4, *key[1:])
+        if which == 1:
+            query, key = key, query
+        original(problem, kernel, query, key, value, *rest)
+
+    problem = named_problem(NAMED[0], grid=(30,), kernel_size=(5,), batch=2)
+    problem = replace(
+        problem,
+        stride=(1,),
+        dilation=(1,),
+        is_causal=(False,),
+        boundary=("shift",),
+        offset=(0,),
+        query_box=((0, 30),),
+        key_box=((0, 30),),
+    )
+    operands = problem.operands(torch.float32)
+    exact, lossy = expectation(problem, torch.float32)
+    results = oracle.run(lambda *t: call(problem, t), operands)
+    oracle.assert_as_good_as_dense(results, exact, lossy, torch.float32)
+    if which == 2:
+        results[0][1, 17, 1, 3] += 1e-4
+    else:
+        monkeypatch.setattr(_C, "forward", mutated)
+        # A third sample behind them, so that what the mutants read is still memory of ours.
+        longer = [None if t is None else torch.cat([t, t[:1]]) for t in operands]
+        views = [None if t is None else t[:2] for t in longer]
+        results = oracle.run(lambda *t: call(problem, t), views)
+    with pytest.raises(AssertionError, match=r"off by"):
+        oracle.assert_as_good_as_dense(results, exact, lossy, torch.float32)
