@@ -10,7 +10,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 SOURCES := pyproject.toml CMakeLists.txt $(shell find include src python -name '*.[chp]*pp' -o -name '*.py*' -not -name '*.pyc')
 CPP := $(shell find include src tests -name '*.[ch]pp')
 
-.PHONY: test demo bench lint format sanitize clean
+.PHONY: test demo bench lint format sanitize aarch64 clean
 
 test: $(VENV)/natten $(VENV)/test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -38,6 +38,13 @@ sanitize: build/sanitized/natten/.stamp $(VENV)/test
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitized \
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The kernels for ARM, on an emulated CPU. Needs g++-aarch64-linux-gnu and qemu-user.
+aarch64:
+	$(PYTHON) -B src/codegen/generate.py --architecture aarch64 --output build/aarch64
+	aarch64-linux-gnu-g++ -std=c++17 -O3 -Wall -Wextra -Werror -Iinclude -Isrc -o build/aarch64/fused_test \
+	  tests/fused_test.cpp build/aarch64/*.cpp src/cpu/parallel.cpp src/dispatch/dispatch.cpp -ldl -lpthread
+	qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/fused_test
 
 clean:
 	rm -rf build $(VENV)
