@@ -45,6 +45,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few repetitions")
     parser.add_argument("--load", type=Path, help="show a saved report instead of measuring")
     parser.add_argument("--markdown", action="store_true", help="print the table as markdown")
+    parser.add_argument(
+        "--into", type=Path, help="put the table between the benchmark marks of this page"
+    )
     parser.add_argument("--json", type=Path, help="save the report")
     parser.add_argument("--plot", type=Path, help="save a plot of the shares of peak")
     parser.add_argument("--compare", type=Path, help="exit with 1 if ratios fell since this report")
@@ -92,6 +95,8 @@ def run_problems(arguments: argparse.Namespace) -> int:
     print(render(report.HEADER, report.cells(result.rows)))
     for line in report.missing(result.rows):
         print(line, file=sys.stderr)
+    if arguments.into:
+        report.write_into(arguments.into, result)
     if arguments.json:
         result.save(arguments.json)
     if arguments.plot:

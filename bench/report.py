@@ -137,6 +137,15 @@ def as_markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
 
 
+def write_into(page: Path, result: Report) -> None:
+    """Replaces what stands between the marks `<!-- benchmark -->` and `<!-- /benchmark -->`."""
+    begin, end = "<!-- benchmark -->", "<!-- /benchmark -->"
+    before, rest = page.read_text().split(begin)
+    after = rest.split(end)[1]
+    table = as_markdown(HEADER, cells(result.rows))
+    page.write_text(f"{before}{begin}\n{result.machine}\n\n{table}\n{end}{after}")
+
+
 def missing(rows: Sequence[Row]) -> list[str]:
     """Why a method has no time, once per reason."""
     reasons: dict[str, list[str]] = {}

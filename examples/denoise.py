@@ -143,14 +143,10 @@ def psnr(clean: Tensor, other: Tensor) -> float:
     return float(peak_signal_noise_ratio(clean.numpy(), other.numpy(), data_range=1.0))
 
 
-def seconds_of(run: Callable[[], object], repeats: int) -> float:
-    """The median time of a call."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def timed(run: Callable[[], Tensor]) -> tuple[Tensor, float]:
+    start = time.perf_counter()
+    result = run()
+    return result, time.perf_counter() - start
 
 
 def best_of(
@@ -160,13 +156,13 @@ def best_of(
     clean: Tensor,
     repeats: int,
 ) -> Result:
-    """Runs a method at several strengths, and times it at the one with the highest PSNR."""
+    """Runs a method at several strengths, and `repeats` times more at the one with the highest PSNR."""
     runs: Iterable[float] = tqdm(strengths, desc=f"{name}, strengths", leave=False)
-    pictures = {strength: run(strength) for strength in runs}
-    strength = max(pictures, key=lambda s: psnr(clean, pictures[s]))
-    seconds = seconds_of(lambda: run(strength), repeats)
-    picture = pictures[strength]
-    return Result(name, strength, picture, psnr(clean, picture), seconds)
+    trials = {strength: timed(lambda s=strength: run(s)) for strength in runs}
+    strength = max(trials, key=lambda s: psnr(clean, trials[s][0]))
+    picture, first = trials[strength]
+    times = [first, *(timed(lambda: run(strength))[1] for _ in range(repeats))]
+    return Result(name, strength, picture, psnr(clean, picture), statistics.median(times))
 
 
 def side_by_side(pictures: dict[str, Tensor]) -> Image.Image:
@@ -217,13 +213,13 @@ def main() -> None:
                 lambda s: scikit_image(noisy, sigma, s, 7, fast=False),
                 (0.8, 0.9, 1.0),
                 clean,
-                1,
+                0,
             )
         )
 
     ours = results[0]
     attention = attention_of(noisy, sigma, ours.strength)
-    kernel_seconds = seconds_of(attention, 9)
+    kernel_seconds = statistics.median(timed(attention)[1] for _ in range(9))
     x, y, channels = clean.shape
     print(f"{arguments.image} {x}x{y}x{channels}, noise {sigma:g}, window {WINDOW}x{WINDOW}")
     print(f"{'':24}{'PSNR':>9}{'time':>12}{'strength':>10}")

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: MIT
+"""The benchmark measures what it says: exact FLOPs, the same results from all methods, regressions found."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import report
+from bench.cases import CASES, Case
+from bench.measure import FORWARD, FORWARD_BACKWARD, Effort, Row, measure
+from bench.methods import OURS, Problem, build, check
+from natten import _C
+
+SMALL = Case("small", (5, 9), (3, 4), batch=2, heads=2)
+
+
+def _row(**changes: object) -> Row:
+    row = Row("case", "fp32", 64, FORWARD, 2, flops=1e9, peak=100e9)
+    row.seconds = {OURS: 0.02, "sdpa mask": 0.2, "flex": 0.1}
+    return replace(row, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("case", [*CASES, SMALL], ids=lambda case: case.name)
+def test_pairs_are_those_of_the_windows(case: Case) -> None:
+    pairs = 1
+    for extent, kernel_size in zip(case.grid, case.kernel_size, strict=True):
+        fields = dict.fromkeys(_C.AXIS_FIELDS, 0)
+        fields |= {"extent": extent, "query_extent": extent, "key_extent": extent}
+        fields |= {"kernel_size": kernel_size, "stride": 1, "dilation": 1}
+        fields["boundary"] = _C.BOUNDARIES.index("shift")
+        pairs *= _C.attended_pairs(list(fields.values()))
+    assert case.pairs == pairs
+    assert case.flops(64) == 4 * case.batch * case.heads * pairs * 64
+
+
+@pytest.mark.parametrize("method", ["sdpa mask", "gather"])
+def test_methods_compute_the_same(method: str) -> None:
+    problem = Problem(SMALL, "fp32", 8)
+    ours, other = build(OURS, problem), build(method, problem)
+    expected = ours.heads_last(ours.forward()())
+    check(problem, expected, method, other.heads_last(other.forward()()))
+    for mine, theirs in zip(ours.forward_backward()(), other.forward_backward()(), strict=True):
+        torch.testing.assert_close(ours.heads_last(mine), other.heads_last(theirs))
+
+
+def test_a_method_that_computes_something_else_is_refused() -> None:
+    problem = Problem(SMALL, "fp32", 8)
+    expected = torch.zeros(2, 45, 2, 8)
+    with pytest.raises(ArithmeticError, match="gather differs"):
+        check(problem, expected, "gather", expected + 0.01)
+    with pytest.raises(ArithmeticError, match="gather differs"):
+        check(problem, expected, "gather", expected * math.nan)
+
+
+def test_measure_fills_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.measure.peak_flops", lambda dtype, threads: 1e12)
+    effort = Effort(rounds=1, burst=0.0, budget=0.0)
+    directions = (FORWARD, FORWARD_BACKWARD)
+    rows = measure(Problem(SMALL, "fp32", 8), directions, ("sdpa mask", "gather"), effort)
+    assert [row.direction for row in rows] == list(directions)
+    for row in rows:
+        assert set(row.seconds) == {OURS, "sdpa mask", "gather"}
+        assert row.share_of_peak == pytest.approx(row.flops / row.seconds[OURS] / 1e12)
+
+
+def test_ratios() -> None:
+    row = _row()
+    assert row.gflops == pytest.approx(50)
+    assert row.share_of_peak == pytest.approx(0.5)
+    assert row.times_best == pytest.approx(5)
+    assert _row(seconds={OURS: 0.02}).times_best is None
+
+
+def test_regressions_are_ratios() -> None:
+    old = report.Report("", [_row()])
+    slower_machine = _row(peak=50e9, seconds={OURS: 0.04, "sdpa mask": 0.4, "flex": 0.2})
+    assert report.regressions(old, report.Report("", [slower_machine]), 0.1) == []
+    worse = report.Report("", [_row(seconds={OURS: 0.03, "sdpa mask": 0.2, "flex": 0.15})])
+    assert report.regressions(old, worse, 0.1) == ["case fp32 64 forward: % of peak -33%"]
+    assert report.regressions(old, worse, 0.4) == []
+
+
+def test_report_survives_saving(tmp_path: Path) -> None:
+    result = report.Report("a machine", [_row(missing={"gather": "too large"})])
+    result.save(tmp_path / "report.json")
+    assert report.Report.load(tmp_path / "report.json") == result
+
+
+def test_table_goes_into_a_page(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- benchmark -->\nold\n<!-- /benchmark -->\nafter\n")
+    backward = _row(direction=FORWARD_BACKWARD, seconds={OURS: 0.08, "sdpa mask": 1.6})
+    for _ in range(2):  # the second time, it replaces what the first wrote
+        report.write_into(page, report.Report("a machine", [_row(), backward]))
+    lines = page.read_text().splitlines()
+    assert lines[0] == "before"
+    assert lines[-1] == "after"
+    assert "old" not in lines
+    assert sum(line.startswith("| case |") for line in lines) == 2
+    assert lines.count("a machine") == 1
+    cells = report.cells([_row(), backward])
+    assert [line[-1] for line in cells] == ["-", "4.00"]
+    assert [line[-2] for line in cells] == ["5.0", "20.0"]
