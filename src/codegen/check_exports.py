@@ -12,9 +12,13 @@ from pathlib import Path
 
 
 def strangers(nm: str, namespace: str, objects: list[str]) -> list[str]:
-    """Exported names of the object files that do not involve `namespace`."""
+    """Exported names of the object files that do not involve `namespace`.
+
+    Mangled names are compared: demanglers give up on lambdas inside of templates inside of lambdas.
+    """
+    mangled = "".join(f"{len(part)}{part}" for part in namespace.split("::"))
     listing = subprocess.run(
-        [nm, "--demangle", "--defined-only", "--extern-only", "--format=posix", *objects],
+        [nm, "--defined-only", "--extern-only", "--format=posix", *objects],
         check=True,
         capture_output=True,
         text=True,
@@ -25,7 +29,7 @@ def strangers(nm: str, namespace: str, objects: list[str]) -> list[str]:
             for line in listing.splitlines()
             if line
             and not line.endswith(":")
-            and f"{namespace}::" not in line
+            and mangled not in line
             and not line.startswith("DW.ref.")  # a pointer for exception tables: data
         }
     )

@@ -2,8 +2,7 @@
 // The relative positional bias of one head for the lanes of a tile: reading it, and gathering its gradient.
 #pragma once
 
-#include "natten/cpu/tile.hpp"
-#include "natten/tiling.hpp"
+#include "natten/cpu/schedule.hpp"
 
 namespace natten::cpu::NATTEN_CPU_ISA {
 
@@ -57,5 +56,35 @@ class Bias {
   int center_ = 0;
   IntVec lanes_ = {};
 };
+
+// Runs run(unit, head_kv, d_bias) for all units of work of all key heads, d_bias being where to add the gradient of the bias
+// ([heads][table]; null if none is wanted). That gradient is a sum over everything a head does: it is split into a fixed
+// number of parts, each summed in order by one thread, and the parts are added in order. The same result every time,
+// without atomics.
+template <class Run>
+void for_each_unit(BackwardArguments const& arguments, std::int64_t units_per_head, Run const& run) {
+  Problem const& problem = arguments.problem;
+  if (arguments.d_rpb == nullptr) {
+    for_each_item(units_per_head * problem.heads_kv, arguments.num_threads, [&](std::int64_t i) {
+      run(i % units_per_head, static_cast<int>(i / units_per_head), static_cast<float*>(nullptr));
+    });
+    return;
+  }
+  std::int64_t const parts = units_per_head < 8 ? units_per_head : 8;
+  std::int64_t const size = problem.heads * Bias::table_size(problem);
+  ZeroedFloats const partial(parts * size);
+  for_each_item(parts * problem.heads_kv, arguments.num_threads, [&](std::int64_t i) {
+    std::int64_t const part = i % parts;
+    for (std::int64_t unit = part; unit < units_per_head; unit += parts) {
+      run(unit, static_cast<int>(i / parts), partial.data() + part * size);
+    }
+  });
+  float* const d_rpb = static_cast<float*>(arguments.d_rpb);
+  for (std::int64_t i = 0; i < size; ++i) {
+    float total = 0;
+    for (std::int64_t part = 0; part < parts; ++part) total += partial.data()[part * size + i];
+    d_rpb[i] = total;
+  }
+}
 
 }  // namespace natten::cpu::NATTEN_CPU_ISA

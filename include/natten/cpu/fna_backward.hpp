@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Fused neighborhood attention, backward: one pass over query tiles, one over key tiles.
+// Fused neighborhood attention, backward: one pass over key tiles where a thread can own a head's query gradient, else a
+// pass over query tiles and one over key tiles.
 #pragma once
 
 #include "natten/cpu/grad_key_value.hpp"
@@ -7,11 +8,22 @@
 namespace natten::cpu::NATTEN_CPU_ISA {
 
 template <class Storage>
-void fna_backward(BackwardArguments const& arguments) {
+void fna_backward(BackwardArguments const& original) {
   using Math = typename MathFor<Storage>::Type;
+  BackwardArguments arguments = original;
+  put_walk_axis_first(arguments.problem, arguments.query, arguments.key, arguments.value, arguments.output, arguments.lse,
+                      arguments.d_output, arguments.d_lse, arguments.d_query, arguments.d_key, arguments.d_value);
+
+  GradKeyValue<Math> const whole_heads(arguments, KeySource::kWindow, /*num_threads=*/1);
+  if (whole_heads.can_run_with_query()) {
+    whole_heads.run_with_query();
+    return;
+  }
   grad_query<Math>(arguments);
-  GradKeyValue<Math>(arguments, KeySource::kWindow).run();
-  if (arguments.problem.additional_keys > 0) GradKeyValue<Math>(arguments, KeySource::kAdditional).run();
+  GradKeyValue<Math>(arguments, KeySource::kWindow, arguments.num_threads).run();
+  if (arguments.problem.additional_keys > 0) {
+    GradKeyValue<Math>(arguments, KeySource::kAdditional, arguments.num_threads).run();
+  }
 }
 
 }  // namespace natten::cpu::NATTEN_CPU_ISA

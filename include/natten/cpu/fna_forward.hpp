@@ -38,7 +38,8 @@ class Forward {
     prefetch_lanes(output, c.tile, problem_.head_dim_value, 0);
   }
 
-  void attend(TileContext const&, KeyStream<Math> const& stream, Tile const& tile, Bias const& bias, float* state) const {
+  void attend(TileContext const&, KeyStream<Math> const& stream, Tile const& tile, Bias const& bias,
+              float* state) const {
     float const scale = static_cast<float>(problem_.scale) * kLog2e;
     int const max_tokens = chunk_tokens(sizeof(Vec) + 4 * stream.value.sum.words);
     for_each_chunk(tile, stream.box, max_tokens, Math::kPerWord, [&](Chunk const& chunk) {
@@ -131,8 +132,10 @@ class Forward {
 };
 
 template <class Storage>
-void fna_forward(ForwardArguments const& arguments) {
+void fna_forward(ForwardArguments const& original) {
   using Math = typename MathFor<Storage>::Type;
+  ForwardArguments arguments = original;
+  put_walk_axis_first(arguments.problem, arguments.query, arguments.key, arguments.value, arguments.output, arguments.lse);
   Forward<Math> const prototype(arguments);
   QueryBlocks<Math> const blocks(arguments.problem, prototype.state_floats(), arguments.num_threads);
   for_each_item(blocks.items(), arguments.num_threads, [&](std::int64_t i) {

@@ -80,7 +80,8 @@ class GradQuery {
     }
   }
 
-  void attend(TileContext const& c, KeyStream<Math> const& stream, Tile const& tile, Bias const& bias, float* state) const {
+  void attend(TileContext const& c, KeyStream<Math> const& stream, Tile const& tile, Bias const& bias,
+              float* state) const {
     float const scale = static_cast<float>(problem_.scale) * kLog2e;
     float* const d_bias = d_bias_ != nullptr ? d_bias_ + c.head * Bias::table_size(problem_) : nullptr;
     int const max_tokens = chunk_tokens(2 * sizeof(Vec) + 4 * stream.key.sum.words);
@@ -124,39 +125,17 @@ class GradQuery {
   Vec delta_ = {};
 };
 
-// The bias gradient is a sum over everything a head does. It is split into a fixed number of parts, each summed in order
-// by one thread, and the parts are added in order: the same result every time, without atomics.
 template <class Math>
 void grad_query(BackwardArguments const& arguments) {
   Problem const& problem = arguments.problem;
   GradQuery<Math> const prototype(arguments);
   QueryBlocks<Math> const blocks(problem, prototype.state_floats(), arguments.num_threads);
-  if (arguments.d_rpb == nullptr) {
-    for_each_item(blocks.items(), arguments.num_threads, [&](std::int64_t i) {
-      GradQuery<Math> pass = prototype;
-      blocks.run_item(pass, i);
-    });
-    return;
-  }
-
-  constexpr int kParts = 8;
-  std::int64_t const table = problem.heads * Bias::table_size(problem);
-  ZeroedFloats partial(kParts * table);
-  for_each_item(std::int64_t{kParts} * problem.heads_kv, arguments.num_threads, [&](std::int64_t unit) {
-    std::int64_t const part = unit % kParts, head_kv = unit / kParts;
-    GradQuery<Math> pass = prototype;
-    pass.set_bias_gradient(partial.data() + part * table);
-    std::int64_t const per_head = blocks.items_per_head();
-    for (std::int64_t i = part; i < problem.batch * per_head; i += kParts) {
-      blocks.run_item(pass, (i / per_head * problem.heads_kv + head_kv) * per_head + i % per_head);
-    }
+  std::int64_t const items_per_head = blocks.items_per_head();  // and batch entry
+  for_each_unit(arguments, problem.batch * items_per_head, [&](std::int64_t unit, int head_kv, float* d_bias) {
+    GradQuery<Math> pass = prototype;  // scratch memory is a thread's own
+    pass.set_bias_gradient(d_bias);
+    blocks.run_item(pass, (unit / items_per_head * problem.heads_kv + head_kv) * items_per_head + unit % items_per_head);
   });
-  float* const d_rpb = static_cast<float*>(arguments.d_rpb);
-  for (std::int64_t i = 0; i < table; ++i) {
-    float total = 0;
-    for (int part = 0; part < kParts; ++part) total += partial.data()[part * table + i];
-    d_rpb[i] = total;
-  }
 }
 
 }  // namespace natten::cpu::NATTEN_CPU_ISA

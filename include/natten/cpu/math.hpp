@@ -23,6 +23,10 @@ struct Float32Math {
   NATTEN_INLINE static Vec load_words(Storage const* row, int first, int dim) {
     return first + kLanes <= dim ? load_vec(row + first) : load_first(row + first, dim - first);
   }
+  // Words of a sum operand: channels of one token; zero behind the first n.
+  NATTEN_INLINE static Vec interleave(Storage const* row, Storage const*, int n) {
+    return n >= kLanes ? load_vec(row) : load_first(row, n);
+  }
   NATTEN_INLINE static IntVec is_nonfinite(Vec words) {
     return (bit_cast<UintVec>(words) & 0x7f800000u) == 0x7f800000u;
   }
@@ -31,6 +35,10 @@ struct Float32Math {
   }
   // Weights [tokens][lane] as the words that a weighted sum broadcasts: they are that already.
   NATTEN_INLINE static void weights_to_words(Vec*, int) {}
+  // The same weights as words that a sum over lanes broadcasts.
+  NATTEN_INLINE static Word const* weights_by_lane(Vec const* weights, int, Vec*) {
+    return reinterpret_cast<Word const*>(weights);
+  }
   // Words of a sum operand with the tokens [begin, end) of the word only, the rest 0.
   NATTEN_INLINE static Vec keep_tokens(Vec words, int, int) { return words; }
 };
@@ -66,6 +74,11 @@ struct BFloat16Math {
       UintVec halves = bit_cast<UintVec>(pair);
       weights[j] = bit_cast<Vec>(interleave_halves(halves));
     }
+  }
+  // Word j of token t, at [t * kLanes + j], is the bfloat16 pair of lanes 2j and 2j + 1.
+  NATTEN_INLINE static Word const* weights_by_lane(Vec const* weights, int tokens, Vec* scratch) {
+    for (int t = 0; t < tokens; ++t) store_as(&scratch[t], _mm512_cvtneps_pbh(weights[t]));
+    return reinterpret_cast<Word const*>(scratch);
   }
   NATTEN_INLINE static Vec keep_tokens(Vec words, int begin, int end) {
     return bit_cast<Vec>(bit_cast<UintVec>(words) & ((begin == 0 ? 0xffffu : 0u) | (end == 2 ? 0xffff0000u : 0u)));

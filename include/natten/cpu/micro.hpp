@@ -18,7 +18,19 @@ struct Operand {
   int words = 0;
   int pitch = kPlaneWords;
   std::int64_t plane_stride = 0;
+
+  Operand() = default;
+  Operand(Word* data_, int words_, int tokens)
+      : data(data_),
+        words(words_),
+        pitch(words <= kPlaneWords / 2 ? kPlaneWords / 2 : kPlaneWords),
+        plane_stride(std::int64_t{tokens} * pitch) {}
 };
+
+// Memory for one token of an operand.
+inline std::int64_t operand_words(int words) {
+  return words <= kPlaneWords / 2 ? kPlaneWords / 2 : std::int64_t{ceil_div(words, kPlaneWords)} * kPlaneWords;
+}
 
 // Tokens a run of dot products holds in registers, times two: with one vector of the lane side and, before AVX-512, one
 // for the broadcast, 24 of 32 or 12 of 16 registers accumulate. 20 and more reach 95 % of FMA peak, 10 reach 90 %.
@@ -101,19 +113,22 @@ void dot_rows(Vec const* lanes, Operand const& operand, int const* row_token, in
   }
 }
 
-// Consecutive words of a sum operand and the weights of one group of lanes for them.
+// Consecutive words of a sum operand, and the weights of the first member of a group for the first word.
 struct WeightedRow {
   Word const* values;
-  Word const* weights;  // the group's first lane; kLanes apart from token to token
+  Word const* weights;
 };
 
-// out[g][c] += sum over rows and their `words` of weight[g] * value[c], for G lanes and C vectors of channels, which start
-// `offset` words behind the rows' first. Several
-// sets of accumulators where G * C alone would not cover the latency of an FMA (4 cycles, 2 a cycle).
-template <class Math, int G, int C>
-void accumulate(WeightedRow const* rows, int num_rows, int words, int pitch, std::int64_t offset, float* out,
+// out[g][c] += sum over rows and their `words` of weight[g][word] * value[word][c], for G members of a group and C vectors of
+// channels, which start `offset` words behind the rows' first. The weight of member g for word w lies at
+// weights[g * kMemberStep + w * kWordStep].
+template <class Math, int G, int C, int kMemberStep, int kWordStep>
+void accumulate(WeightedRow const* rows, int num_rows, int words, std::int64_t pitch, std::int64_t offset, float* out,
                 std::int64_t out_stride) {
-  constexpr int kSets = G * C >= 16 ? 1 : G * C >= 8 && kRegisters == 32 ? 2 : G * C >= 8 ? 1 : G * C >= 4 ? 2 : 4;
+  // 16 accumulators, in several sets if need be: 8 just cover the latency of an FMA (4 cycles, 2 a cycle), and any
+  // hiccup costs (6 % at 2 x 4).
+  constexpr int kAccumulators = kRegisters == 32 ? 16 : 8;
+  constexpr int kSets = G * C >= kAccumulators ? 1 : 2 * G * C >= kAccumulators ? 2 : 4;
   Vec sum[kSets][G][C] = {};
   auto const add = [&](Word const* values, Word const* weights, auto set) __attribute__((always_inline)) {
     Vec v[C];
@@ -125,28 +140,28 @@ void accumulate(WeightedRow const* rows, int num_rows, int words, int pitch, std
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) {
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) sum[set][g][c] = Math::multiply_add(sum[set][g][c], v[c], weights + g);
+      for (int c = 0; c < C; ++c) {
+        sum[set][g][c] = Math::multiply_add(sum[set][g][c], v[c], weights + g * kMemberStep);
+      }
     }
   };
   for (int r = 0; r < num_rows; ++r) {
     Word const* values = rows[r].values + offset;
     Word const* weights = rows[r].weights;
-    int t = 0;
+    int w = 0;
     if constexpr (kSets > 1) {
-      for (; t + kSets <= words; t += kSets) {
+      for (; w + kSets <= words; w += kSets) {
         add(values, weights, std::integral_constant<int, 0>{});
-        add(values + pitch, weights + kLanes, std::integral_constant<int, 1>{});
+        add(values + pitch, weights + kWordStep, std::integral_constant<int, 1>{});
         if constexpr (kSets > 2) {
-          add(values + 2 * pitch, weights + 2 * kLanes, std::integral_constant<int, 2 % kSets>{});
-          add(values + 3 * pitch, weights + 3 * kLanes, std::integral_constant<int, 3 % kSets>{});
+          add(values + 2 * pitch, weights + 2 * kWordStep, std::integral_constant<int, 2 % kSets>{});
+          add(values + 3 * pitch, weights + 3 * kWordStep, std::integral_constant<int, 3 % kSets>{});
         }
         values += kSets * pitch;
-        weights += kSets * kLanes;
+        weights += kSets * kWordStep;
       }
     }
-    for (; t < words; ++t, values += pitch, weights += kLanes) {
-      add(values, weights, std::integral_constant<int, 0>{});
-    }
+    for (; w < words; ++w, values += pitch, weights += kWordStep) add(values, weights, std::integral_constant<int, 0>{});
   }
 #pragma GCC unroll 4
   for (int g = 0; g < G; ++g) {
@@ -158,6 +173,24 @@ void accumulate(WeightedRow const* rows, int num_rows, int words, int pitch, std
       float* const to = out + g * out_stride + c * kLanes;
       store_vec(to, load_vec(to) + total);
     }
+  }
+}
+
+// The same for any number of channels.
+template <class Math, int G, int kMemberStep, int kWordStep>
+void accumulate_channels(WeightedRow const* rows, int num_rows, int words, Operand const& values, int channels, float* out,
+                         std::int64_t out_stride) {
+  for (int c = 0; c < channels; c += 4 * kLanes) {
+    std::int64_t const offset = c / kPlaneWords * values.plane_stride + c % kPlaneWords;
+    auto const run = [&](auto vectors) {
+      accumulate<Math, G, decltype(vectors)::value, kMemberStep, kWordStep>(rows, num_rows, words, values.pitch, offset,
+                                                                            out + c, out_stride);
+    };
+    int const vectors = min(4, ceil_div(channels - c, kLanes));
+    if (vectors == 4) run(std::integral_constant<int, 4>{});
+    else if (vectors == 3) run(std::integral_constant<int, 3>{});
+    else if (vectors == 2) run(std::integral_constant<int, 2>{});
+    else run(std::integral_constant<int, 1>{});
   }
 }
 

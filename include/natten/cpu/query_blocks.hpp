@@ -17,7 +17,8 @@ struct KeyStream {
   StreamBox box;
   PackedTensor<Math> key;
   PackedTensor<Math> value;
-  bool nonfinite;
+  bool is_packed = false;
+  bool nonfinite = false;
 };
 
 // The tensors of one query head of one dilation group, by position.
@@ -42,16 +43,6 @@ GroupView<T> additional_view(TensorRef const& tensor, std::int64_t batch, int he
   return GroupView<T>(tensor, line, {0, 0, 0}, batch, head_kv);
 }
 
-// A pass has
-//   Arguments, and a member `arguments`
-//   kNeeds                           which operands of the stream it multiplies with
-//   scratch_bytes(arena)             takes its scratch memory of an item
-//   state_floats()                   size of what it keeps of a tile from piece to piece
-//   clear(state); load(context); attend(context, stream, bias, tile, state); finish(context, state)
-struct StreamNeeds {
-  bool key_sum, value_dot, value_sum;  // the key is always a dot operand
-};
-
 // One tile of one head, to a pass.
 struct TileContext {
   Schedule::Item const& item;
@@ -60,6 +51,16 @@ struct TileContext {
   int ahead;  // positions to the next tile on the last axis; 0 at its end
 };
 
+// Which operands of the stream a pass multiplies with; the key is always a dot operand.
+struct StreamNeeds {
+  bool key_sum, value_dot, value_sum;
+};
+
+// A pass has
+//   arguments, kNeeds
+//   state_floats()                    what it keeps of a tile from piece to piece
+//   take_scratch(arena)               scratch memory
+//   clear(state), load(context), attend(context, stream, tile, bias, state), finish(context, state)
 template <class Math>
 class QueryBlocks {
  public:
@@ -68,127 +69,154 @@ class QueryBlocks {
   QueryBlocks(Problem const& problem, std::int64_t state_floats, int num_threads)
       : problem_(problem),
         state_floats_(state_floats),
-        words_k_(PackedTensor<Math>::words(problem.head_dim, kSample) / kSample),
-        words_v_(PackedTensor<Math>::words(problem.head_dim_value, kSample) / kSample),
-        max_packed_(kPackedBytes / 4 / (words_k_ + words_v_)),
-        schedule_(problem, Side::kQuery, max_packed_,
-                  kStateBytes * kLanes / (4 * state_floats * problem.group_size()), num_threads) {}
+        token_words_(token_words(problem.head_dim) + token_words(problem.head_dim_value)),
+        additional_capacity_(min(problem.additional_keys, static_cast<int>(kPackedBytes / 16 / token_words_))),
+        schedule_(problem, Side::kQuery, 4 * token_words_, 4 * state_floats / kLanes * problem.group_size(),
+                  /*allow_ring=*/additional_capacity_ == problem.additional_keys, num_threads) {}
 
   std::int64_t items() const { return schedule_.items; }
   // Items of one head of one batch entry are neighbours.
-  std::int64_t items_per_head() const { return schedule_.items / (problem_.batch * problem_.heads_kv); }
+  std::int64_t items_per_head() const { return schedule_.blocks_per_group() * schedule_.groups_per_head(); }
 
   template <class Pass>
   void run_item(Pass& pass, std::int64_t index) const {
     Schedule::Item const item = schedule_.item(problem_, index);
     if (item.empty) return;
-
-    Interval stream[kMaxRank];
-    for (int a = 0; a < kMaxRank; ++a) stream[a] = item.groups[a].keys_of(item.block[a]);
-    Interval const additional[kMaxRank] = {{0, 1}, {0, 1}, {0, problem_.additional_keys}};
-
-    int pieces = 0;
-    auto const count = [&](StreamBox const&) { ++pieces; };
-    for_each_piece(stream, max_packed_, Math::kPerWord, count);
-    for_each_piece(additional, max_packed_, Math::kPerWord, count);
-    // With one piece a tile is finished before the next begins, and they share their state.
-    std::int64_t const states =
-        pieces <= 1 ? 1 : std::int64_t{schedule_.tiles_per_block()} * problem_.group_size();
+    Walk const walk(schedule_, item, Math::kPerWord);
+    bool const one_piece = walk.is_ring() && additional_capacity_ == problem_.additional_keys;
+    std::int64_t const states = one_piece ? 1 : std::int64_t{schedule_.tiles_per_step()} * problem_.group_size();
 
     Arena counter(nullptr);
-    take_memory(counter, states);
+    take_memory(counter, walk, states);
     pass.take_scratch(counter);
     Arena arena(thread_workspace(counter.used()));
-    Memory const memory = take_memory(arena, states);
+    Memory const memory = take_memory(arena, walk, states);
     pass.take_scratch(arena);
     AxisIntervals intervals[kMaxRank];
     fill_intervals(item, Side::kQuery, memory.intervals, intervals);
 
-    // `use(context, state)` for every tile and every head that reads this block's key head.
-    auto const for_each_head = [&](auto const& use) {
-      for_each_tile(item, schedule_.tile, [&](int const(&corner)[kMaxRank], int tile_index) {
-        Tile const tile(schedule_.tile, corner, item.block, intervals);
-        int const ahead = tile.box[2].end < item.block[2].end ? schedule_.tile.size[2] : 0;
-        for (int h = 0; h < problem_.group_size(); ++h) {
-          std::int64_t const index_of_state = states == 1 ? 0 : std::int64_t{tile_index} * problem_.group_size() + h;
-          use(TileContext{item, tile, item.head_kv * problem_.group_size() + h, ahead},
-              memory.states + index_of_state * state_floats_);
-        }
-      });
-    };
-    if (pieces == 0) {  // no key at all
-      for_each_head([&](TileContext const& context, float* state) {
-        pass.clear(state);
-        pass.finish(context, state);
-      });
-      return;
+    Interval const line[kMaxRank] = {{0, 1}, {0, 1}, {0, problem_.additional_keys}};
+    bool ring_nonfinite = false;
+    KeyStream<Math> additional;  // stays packed if it is one piece
+    if (one_piece && problem_.additional_keys > 0) {
+      StreamBox const box(line, Math::kPerWord, 0, 1);
+      additional = packed(box, memory.additional);
+      additional.nonfinite = pack_additional(pass, item, additional);
     }
 
-    int piece = 0;
-    auto const visit = [&](StreamBox const& box, bool is_additional) {
-      bool const is_first = piece == 0;
-      bool const is_last = ++piece == pieces;
-      KeyStream<Math> const packed = pack(pass, item, box, is_additional, memory.packed);
-      for_each_head([&](TileContext const& context, float* state) {
-        if (is_first) pass.clear(state);
-        pass.load(context);
-        if (is_additional) {
-          pass.attend(context, packed, context.tile.against_all(problem_.additional_keys), Bias(), state);
-        } else {
-          pass.attend(context, packed, context.tile,
-                      Bias(problem_, pass.arguments.rpb, context.head, context.tile, Side::kQuery), state);
-        }
-        if (is_last) pass.finish(context, state);
+    walk.for_each_step([&](Interval const(&block)[kMaxRank]) {
+      // use(context, state) for every tile and every head that reads this block's key head.
+      auto const for_each_head = [&](auto const& use) {
+        for_each_tile(block, schedule_.tile, [&](int const(&corner)[kMaxRank], int tile_index) {
+          Tile const tile(schedule_.tile, corner, block, intervals);
+          int const ahead = tile.box[2].end < block[2].end ? schedule_.tile.size[2] : 0;
+          for (int h = 0; h < problem_.group_size(); ++h) {
+            std::int64_t const state = one_piece ? 0 : std::int64_t{tile_index} * problem_.group_size() + h;
+            use(TileContext{item, tile, item.head_kv * problem_.group_size() + h, ahead},
+                memory.states + state * state_floats_);
+          }
+        });
+      };
+      auto const attend_window = [&](TileContext const& c, KeyStream<Math> const& stream, float* state) {
+        pass.attend(c, stream, c.tile, Bias(problem_, pass.arguments.rpb, c.head, c.tile, Side::kQuery), state);
+      };
+      auto const attend_additional = [&](TileContext const& c, KeyStream<Math> const& stream, float* state) {
+        pass.attend(c, stream, c.tile.against_all(problem_.additional_keys), Bias(), state);
+      };
+
+      if (one_piece) {
+        KeyStream<Math> window;
+        walk.for_each_stream_piece(block, /*keeps_ring=*/true, [&](StreamBox const& box, Interval slices) {
+          window = packed(box, memory.packed);
+          ring_nonfinite |= pack_window(pass, item, window, slices);
+          window.nonfinite = ring_nonfinite;
+        });
+        for_each_head([&](TileContext const& c, float* state) {
+          pass.clear(state);
+          pass.load(c);
+          if (window.is_packed) attend_window(c, window, state);
+          if (additional.is_packed) attend_additional(c, additional, state);
+          pass.finish(c, state);
+        });
+        return;
+      }
+      for_each_head([&](TileContext const&, float* state) { pass.clear(state); });
+      walk.for_each_stream_piece(block, /*keeps_ring=*/false, [&](StreamBox const& box, Interval slices) {
+        KeyStream<Math> stream = packed(box, memory.packed);
+        stream.nonfinite = pack_window(pass, item, stream, slices);
+        for_each_head([&](TileContext const& c, float* state) {
+          pass.load(c);
+          attend_window(c, stream, state);
+        });
       });
-    };
-    for_each_piece(stream, max_packed_, Math::kPerWord, [&](StreamBox const& box) { visit(box, false); });
-    for_each_piece(additional, max_packed_, Math::kPerWord, [&](StreamBox const& box) { visit(box, true); });
+      for_each_piece(line, additional_capacity_, Math::kPerWord, [&](StreamBox const& box) {
+        KeyStream<Math> stream = packed(box, memory.additional);
+        stream.nonfinite = pack_additional(pass, item, stream);
+        for_each_head([&](TileContext const& c, float* state) {
+          pass.load(c);
+          attend_additional(c, stream, state);
+        });
+      });
+      for_each_head([&](TileContext const& c, float* state) { pass.finish(c, state); });
+    });
   }
 
  private:
-  static constexpr int kSample = 1 << 10;
-
   struct Memory {
     Interval* intervals;
     Word* packed;
+    Word* additional;
     float* states;
   };
 
-  Memory take_memory(Arena& arena, std::int64_t states) const {
+  Memory take_memory(Arena& arena, Walk const& walk, std::int64_t states) const {
     Memory m;
     m.intervals = arena.take<Interval>(schedule_.positions());
-    m.packed = arena.take<Word>((words_k_ + words_v_) * max_packed_);
+    m.packed = arena.take<Word>(token_words_ * walk.capacity());
+    m.additional = arena.take<Word>(token_words_ * round_up(additional_capacity_, Math::kPerWord));
     m.states = arena.take<float>(states * state_floats_);
     return m;
   }
 
-  template <class Pass>
-  KeyStream<Math> pack(Pass const& pass, Schedule::Item const& item, StreamBox const& box, bool is_additional,
-                       Word* memory) const {
-    auto const& a = pass.arguments;
-    auto const view = [&](TensorRef const& window, TensorRef const& additional) {
-      return is_additional ? additional_view<Storage const>(additional, item.batch, item.head_kv)
-                           : key_view<Storage const>(problem_, window, item.groups, item.batch, item.head_kv);
-    };
-    int const tokens = box.tokens();
-    KeyStream<Math> stream{box,
-                           PackedTensor<Math>(memory, problem_.head_dim, tokens),
-                           PackedTensor<Math>(memory + PackedTensor<Math>::words(problem_.head_dim, tokens),
-                                              problem_.head_dim_value, tokens),
-                           false};
-    constexpr StreamNeeds kNeeds = Pass::kNeeds;
-    bool const key = stream.key.pack(view(a.key, a.additional_keys), box, /*as_dot=*/true, kNeeds.key_sum);
-    bool const value =
-        stream.value.pack(view(a.value, a.additional_values), box, kNeeds.value_dot, kNeeds.value_sum);
-    stream.nonfinite = key || value;
+  static std::int64_t token_words(int dim) { return PackedTensor<Math>::token_words(dim); }
+
+  KeyStream<Math> packed(StreamBox const& box, Word* memory) const {
+    KeyStream<Math> stream;
+    stream.box = box;
+    stream.key = PackedTensor<Math>(memory, problem_.head_dim, box.tokens());
+    stream.value = PackedTensor<Math>(memory + token_words(problem_.head_dim) * box.tokens(), problem_.head_dim_value,
+                                      box.tokens());
+    stream.is_packed = true;
     return stream;
+  }
+
+  template <class Pass>
+  bool pack_window(Pass const& pass, Schedule::Item const& item, KeyStream<Math> const& stream, Interval slices) const {
+    return pack<Pass>(stream, slices,
+                      key_view<Storage const>(problem_, pass.arguments.key, item.groups, item.batch, item.head_kv),
+                      key_view<Storage const>(problem_, pass.arguments.value, item.groups, item.batch, item.head_kv));
+  }
+
+  template <class Pass>
+  bool pack_additional(Pass const& pass, Schedule::Item const& item, KeyStream<Math> const& stream) const {
+    return pack<Pass>(stream, stream.box.axis[0],
+                      additional_view<Storage const>(pass.arguments.additional_keys, item.batch, item.head_kv),
+                      additional_view<Storage const>(pass.arguments.additional_values, item.batch, item.head_kv));
+  }
+
+  template <class Pass>
+  static bool pack(KeyStream<Math> const& stream, Interval slices, GroupView<Storage const> const& key,
+                   GroupView<Storage const> const& value) {
+    constexpr StreamNeeds kNeeds = Pass::kNeeds;
+    bool const k = stream.key.pack(key, stream.box, slices, /*as_dot=*/true, kNeeds.key_sum);
+    bool const v = stream.value.pack(value, stream.box, slices, kNeeds.value_dot, kNeeds.value_sum);
+    return k || v;
   }
 
   Problem const& problem_;
   std::int64_t state_floats_;
-  std::int64_t words_k_;  // of a token
-  std::int64_t words_v_;
-  std::int64_t max_packed_;  // tokens
+  std::int64_t token_words_;
+  int additional_capacity_;  // tokens packed at a time
   Schedule schedule_;
 };
 

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 // How a problem is cut into work items for threads. An item is a block: a box of tiles of one dilation group of one head.
-// Its stream box is packed once, piece by piece if it is too large, and shared by its tiles.
+// It is walked along the first axis, a slice of tiles at a time, and the part of the stream that a slice needs moves along
+// in a ring: every token is packed once an item. Where a slice's stream is too large (windows of thousands of tokens), the
+// whole block takes it in pieces, and tiles keep their state from piece to piece.
 #pragma once
 
 #include <cstdlib>
@@ -12,13 +14,29 @@
 
 namespace natten::cpu::NATTEN_CPU_ISA {
 
-// Bounds of one thread's scratch memory: the packed stream, and the unfinished tiles of a block whose stream comes in
-// pieces. Together with intervals and scores below 8 MB, whatever the window.
+// Grids of rank 2 arrive with an axis of extent 1 in front. The walk along the first axis wants it to be a real one; the
+// layout of the bias table does not notice.
+template <class... Tensors>
+void put_walk_axis_first(Problem& problem, Tensors&... tensors) {
+  if (problem.axes[0].extent > 1 || problem.axes[1].extent == 1) return;
+  auto const swap = [](auto& a, auto& b) {
+    auto const t = a;
+    a = b;
+    b = t;
+  };
+  swap(problem.axes[0], problem.axes[1]);
+  for (auto& shapes : problem.tiles.shape) {
+    for (auto& shape : shapes) swap(shape[0], shape[1]);
+  }
+  (swap(tensors.stride_axis[0], tensors.stride_axis[1]), ...);
+}
+
+// Bounds of one thread's scratch memory. With scores and intervals it stays below 8 MB, whatever the window.
 constexpr std::int64_t kPackedBytes = 4 << 20;
-constexpr std::int64_t kStateBytes = 2 << 20;
+constexpr std::int64_t kStateBytes = 1 << 20;
+constexpr int kItemsPerThread = 4;  // enough for threads to finish together
 constexpr int kTileTableIndex = kLanes == 16 ? 2 : kLanes == 8 ? 1 : 0;
 static_assert(TileTable::kSmallest << kTileTableIndex == kLanes, "the table holds a tile for every vector width");
-constexpr int kItemsPerThread = 4;  // enough for threads to finish together
 
 // The side whose tokens are lanes, cut into blocks.
 struct Schedule {
@@ -27,45 +45,55 @@ struct Schedule {
   int groups[kMaxRank];
   int block[kMaxRank];   // tokens, whole tiles
   int blocks[kMaxRank];  // per group
+  int step;              // tokens of a block on the first axis that are worked on at a time
+  std::int64_t max_packed;  // tokens
   std::int64_t batch;
   int heads_kv;
   std::int64_t items;
 
-  // `max_packed`: tokens of the stream that fit into kPackedBytes. `max_block`: tokens of a block that fit into
-  // kStateBytes.
-  Schedule(Problem const& problem, Side side_, std::int64_t max_packed, std::int64_t max_block, int num_threads)
+  // `token_bytes`: of a packed token of the stream. `state_bytes`: of a token of a tile, between pieces. `allow_ring`:
+  // whether a tile can be finished with what the ring holds.
+  Schedule(Problem const& problem, Side side_, std::int64_t token_bytes, std::int64_t state_bytes, bool allow_ring,
+           int num_threads)
       : side(side_),
         tile(problem.tiles.shape[static_cast<int>(side_)][kTileTableIndex]),
+        max_packed(max(64, static_cast<int>(kPackedBytes / token_bytes))),
         batch(problem.batch),
         heads_kv(problem.heads_kv) {
     Group first[kMaxRank];
-    int tiles[kMaxRank];
+    int whole[kMaxRank];
     for (int a = 0; a < kMaxRank; ++a) {
       groups[a] = problem.axes[a].groups();
       first[a] = problem.axes[a].group(0);
-      tiles[a] = longest(problem.axes[a], side) > 0 ? ceil_div(longest(problem.axes[a], side), tile.size[a]) : 0;
-      block[a] = max(1, tiles[a]) * tile.size[a];
+      whole[a] = round_up(longest(problem.axes[a]), tile.size[a]);
+      block[a] = max(whole[a], tile.size[a]);
     }
-    // Halve the block until it fits and there is work for all threads.
-    for (;;) {
-      std::int64_t packed = 1, tokens = 1;
+    // The ring of a slice has to fit: cut across the walk where that helps.
+    auto const ring = [&] {
+      return std::int64_t{longest_stream(first[0], tile.size[0])} * longest_stream(first[1], block[1]) *
+             longest_stream(first[2], block[2]);
+    };
+    while (ring() > max_packed && halve(block[1] > block[2] ? 1 : 2)) {
+    }
+    bool const has_ring = allow_ring && ring() <= max_packed && tokens(block) >= min(kMinBlock, tokens(whole));
+    if (!has_ring) {
+      for (int a = 0; a < kMaxRank; ++a) block[a] = max(whole[a], tile.size[a]);
+      while (tokens(block) * state_bytes > kStateBytes && halve(largest())) {
+      }
+    }
+    auto const count_items = [&] {
       items = batch * heads_kv;
       for (int a = 0; a < kMaxRank; ++a) {
-        blocks[a] = ceil_div(tiles[a] * tile.size[a], block[a]);
-        packed *= longest_stream(first[a], block[a]);
-        tokens *= block[a];
-        items *= groups[a] * blocks[a];
+        blocks[a] = ceil_div(whole[a], block[a]);
+        items *= std::int64_t{groups[a]} * blocks[a];
       }
-      bool const too_large = tokens > max_block || (packed > max_packed && tokens > kMinBlock);
-      bool const too_few = num_threads > 1 && items < std::int64_t{kItemsPerThread} * num_threads && tokens > kMinBlock;
-      if (items == 0 || !(too_large || too_few)) break;
-      int axis = -1;
-      for (int a = 0; a < kMaxRank; ++a) {
-        if (block[a] > tile.size[a] && (axis < 0 || block[a] > block[axis])) axis = a;
-      }
-      if (axis < 0) break;
-      block[axis] = ceil_div(block[axis] / tile.size[axis], 2) * tile.size[axis];
+    };
+    count_items();
+    while (num_threads > 1 && items > 0 && items < std::int64_t{kItemsPerThread} * num_threads &&
+           tokens(block) > kMinBlock && halve(block[0] > tile.size[0] ? 0 : largest())) {
+      count_items();
     }
+    step = has_ring ? tile.size[0] : block[0];
   }
 
   struct Item {
@@ -77,43 +105,62 @@ struct Schedule {
   };
 
   Item item(Problem const& problem, std::int64_t index) const {
-    Item item;
-    item.empty = false;
+    int g[kMaxRank], b[kMaxRank];
     for (int a = kMaxRank - 1; a >= 0; --a) {
-      int const b = static_cast<int>(index % blocks[a]);
+      b[a] = static_cast<int>(index % blocks[a]);
       index /= blocks[a];
-      item.groups[a] = problem.axes[a].group(static_cast<int>(index % groups[a]));
-      index /= groups[a];
-      Interval const tokens = tile_side(item.groups[a], side);
-      int const begin = tokens.begin + b * block[a];
-      item.block[a] = {min(begin, tokens.end), min(begin + block[a], tokens.end)};
-      item.empty = item.empty || item.block[a].empty();
     }
+    for (int a = kMaxRank - 1; a >= 0; --a) {
+      g[a] = static_cast<int>(index % groups[a]);
+      index /= groups[a];
+    }
+    Item item;
     item.head_kv = static_cast<int>(index % heads_kv);
     item.batch = index / heads_kv;
+    item.empty = false;
+    for (int a = 0; a < kMaxRank; ++a) {
+      item.groups[a] = problem.axes[a].group(g[a]);
+      Interval const tokens = tile_side(item.groups[a], side);
+      int const begin = tokens.begin + b[a] * block[a];
+      item.block[a] = {natten::min(begin, tokens.end), natten::min(begin + block[a], tokens.end)};
+      item.empty = item.empty || item.block[a].empty();
+    }
     return item;
   }
 
+  // Items are ordered by batch entry, head, dilation group and block.
+  std::int64_t blocks_per_group() const { return std::int64_t{blocks[0]} * blocks[1] * blocks[2]; }
+  std::int64_t groups_per_head() const { return std::int64_t{groups[0]} * groups[1] * groups[2]; }
+
   // Room for the intervals of a block's positions.
   int positions() const { return block[0] + block[1] + block[2]; }
-  int tiles_per_block() const {
-    return block[0] / tile.size[0] * (block[1] / tile.size[1]) * (block[2] / tile.size[2]);
+  int tiles_per_step() const {
+    return step / tile.size[0] * (block[1] / tile.size[1]) * (block[2] / tile.size[2]);
   }
 
  private:
   // A smaller block packs its stream too often for too few tiles.
-  static constexpr int kMinBlock = 512;
+  static constexpr std::int64_t kMinBlock = 256;
 
-  static int longest(Axis const& axis, Side side) {
+  static std::int64_t tokens(int const (&box)[kMaxRank]) { return std::int64_t{box[0]} * box[1] * box[2]; }
+  static std::int64_t min(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
+  bool halve(int axis) {
+    if (block[axis] <= tile.size[axis]) return false;
+    block[axis] = ceil_div(block[axis] / tile.size[axis], 2) * tile.size[axis];
+    return true;
+  }
+  int largest() const { return block[0] >= block[1] ? (block[0] >= block[2] ? 0 : 2) : (block[1] >= block[2] ? 1 : 2); }
+  int longest(Axis const& axis) const {
     int n = 0;
     for (int g = 0; g < axis.groups(); ++g) n = max(n, tile_side(axis.group(g), side).size());
     return n;
   }
-  std::int64_t longest_stream(Group const& group, int block_size) const {
-    Interval const tokens = tile_side(group, side);
+  int longest_stream(Group const& group, int block_size) const {
+    Interval const all = tile_side(group, side);
     int longest = 1;
-    for (int p = tokens.begin; p < tokens.end; p += block_size) {
-      longest = max(longest, stream_of(group, side, {p, min(p + block_size, tokens.end)}).size());
+    for (int p = all.begin; p < all.end; p += block_size) {
+      longest = max(longest, stream_of(group, side, {p, natten::min(p + block_size, all.end)}).size());
     }
     return longest;
   }
@@ -129,13 +176,13 @@ inline void fill_intervals(Schedule::Item const& item, Side side, Interval* memo
   }
 }
 
-// Calls visit(corner, index) for every tile of the block.
+// Calls visit(corner, index) for every tile of a block.
 template <class Visit>
-void for_each_tile(Schedule::Item const& item, TileShape const& tile, Visit&& visit) {
+void for_each_tile(Interval const (&block)[kMaxRank], TileShape const& tile, Visit const& visit) {
   int index = 0;
-  for (int z = item.block[0].begin; z < item.block[0].end; z += tile.size[0]) {
-    for (int y = item.block[1].begin; y < item.block[1].end; y += tile.size[1]) {
-      for (int x = item.block[2].begin; x < item.block[2].end; x += tile.size[2], ++index) {
+  for (int z = block[0].begin; z < block[0].end; z += tile.size[0]) {
+    for (int y = block[1].begin; y < block[1].end; y += tile.size[1]) {
+      for (int x = block[2].begin; x < block[2].end; x += tile.size[2], ++index) {
         int const corner[kMaxRank] = {z, y, x};
         visit(corner, index);
       }
@@ -145,7 +192,7 @@ void for_each_tile(Schedule::Item const& item, TileShape const& tile, Visit&& vi
 
 // Cuts a box into pieces of at most max_tokens, rows whole where they fit, and calls visit(piece).
 template <class Visit>
-void for_each_piece(Interval const (&box)[kMaxRank], std::int64_t max_tokens, int tokens_per_word, Visit&& visit) {
+void for_each_piece(Interval const (&box)[kMaxRank], std::int64_t max_tokens, int tokens_per_word, Visit const& visit) {
   int const limit = static_cast<int>(max_tokens) / tokens_per_word * tokens_per_word;
   int const nx = max(1, min(box[2].size(), limit));
   int const ny = max(1, min(box[1].size(), limit / round_up(nx, tokens_per_word)));
@@ -153,12 +200,67 @@ void for_each_piece(Interval const (&box)[kMaxRank], std::int64_t max_tokens, in
   for (int z = box[0].begin; z < box[0].end; z += nz) {
     for (int y = box[1].begin; y < box[1].end; y += ny) {
       for (int x = box[2].begin; x < box[2].end; x += nx) {
-        visit(StreamBox({z, min(z + nz, box[0].end)}, {y, min(y + ny, box[1].end)}, {x, min(x + nx, box[2].end)},
-                        tokens_per_word));
+        Interval const piece[kMaxRank] = {
+            {z, min(z + nz, box[0].end)}, {y, min(y + ny, box[1].end)}, {x, min(x + nx, box[2].end)}};
+        visit(StreamBox(piece, tokens_per_word, z, piece[0].size()));
       }
     }
   }
 }
+
+// The walk of an item: its steps, and for each the pieces of its stream. A step with one piece has it in the ring.
+class Walk {
+ public:
+  Walk(Schedule const& schedule, Schedule::Item const& item, int tokens_per_word)
+      : schedule_(schedule), item_(item), tokens_per_word_(tokens_per_word) {
+    for (int a = 0; a < kMaxRank; ++a) stream_[a] = stream_of(item.groups[a], schedule.side, item.block[a]);
+    for_each_step([&](Interval const(&block)[kMaxRank]) {
+      ring_ = max(ring_, stream_of(item_.groups[0], schedule_.side, block[0]).size());
+    });
+    std::int64_t const slice = std::int64_t{stream_[1].size()} * round_up(stream_[2].size(), tokens_per_word);
+    is_ring_ = slice * ring_ <= schedule.max_packed;
+    capacity_ = is_ring_ ? slice * ring_ : schedule.max_packed;
+  }
+
+  bool is_ring() const { return is_ring_; }
+  // Tokens that have to be packed at a time.
+  std::int64_t capacity() const { return capacity_; }
+
+  template <class Visit>
+  void for_each_step(Visit const& visit) const {
+    for (int z = item_.block[0].begin; z < item_.block[0].end; z += schedule_.step) {
+      Interval const block[kMaxRank] = {{z, min(z + schedule_.step, item_.block[0].end)}, item_.block[1], item_.block[2]};
+      visit(block);
+    }
+  }
+
+  // visit(box, slices): `slices` of the box are to be packed before it is used, the others are there if `keeps_ring`.
+  template <class Visit>
+  void for_each_stream_piece(Interval const (&block)[kMaxRank], bool keeps_ring, Visit const& visit) const {
+    Interval const box[kMaxRank] = {stream_of(item_.groups[0], schedule_.side, block[0]), stream_[1], stream_[2]};
+    if (box[0].empty() || box[1].empty() || box[2].empty()) return;
+    if (!is_ring_) {
+      for_each_piece(box, capacity_, tokens_per_word_, [&](StreamBox const& piece) { visit(piece, piece.axis[0]); });
+      return;
+    }
+    // What the step before this one has packed.
+    int const before = block[0].begin - schedule_.step;
+    int packed_end = box[0].begin;
+    if (keeps_ring && before >= item_.block[0].begin) {
+      packed_end = max(packed_end, stream_of(item_.groups[0], schedule_.side, {before, block[0].begin}).end);
+    }
+    visit(StreamBox(box, tokens_per_word_, stream_[0].begin, ring_), Interval{packed_end, max(packed_end, box[0].end)});
+  }
+
+ private:
+  Schedule const& schedule_;
+  Schedule::Item const& item_;
+  int tokens_per_word_;
+  Interval stream_[kMaxRank];
+  int ring_ = 1;
+  bool is_ring_ = false;
+  std::int64_t capacity_ = 0;
+};
 
 // Runs body(index) for every index below `count`, on threads that take the next index when they are done with one.
 template <class Body>

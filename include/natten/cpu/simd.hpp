@@ -148,22 +148,30 @@ NATTEN_INLINE float sum(Vec v) {
   return v[0];
 }
 
-// 2^x, relative error 1e-7; 0 below 2^-126, so that exp2(-inf) is 0; NaN stays NaN. x < 128.
-// Minimax polynomial of degree 5 on [-1/2, 1/2].
-NATTEN_INLINE Vec exp2(Vec x) {
-  constexpr float kRounder = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
-  Vec shifted = x + kRounder;
-  Vec f = x - (shifted - kRounder);
+// 2^x for x < 128, relative error 1e-7; 0 below 2^-126 (so exp2(-inf) is 0); NaN stays NaN.
+// 2^f on [-1/2, 1/2] by a minimax polynomial of degree 5, times a power of two.
+NATTEN_INLINE Vec exp2_fraction(Vec f) {
   Vec y = broadcast(1.327647129e-3f);
   y = y * f + 9.675540961e-3f;
   y = y * f + 5.550713092e-2f;
   y = y * f + 2.402212024e-1f;
   y = y * f + 6.931469440e-1f;
-  y = y * f + 1.000000119f;
-  UintVec exponent = bit_cast<UintVec>(shifted) << 23;
-  Vec result = bit_cast<Vec>(bit_cast<UintVec>(y) + exponent);
+  return y * f + 1.000000119f;
+}
+
+NATTEN_INLINE Vec exp2(Vec x) {
+#if defined(__AVX512DQ__)
+  // Both instructions know what to do with infinities and NaN: 8 operations instead of 14.
+  Vec const f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT);
+  return _mm512_scalef_ps(exp2_fraction(f), _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  constexpr float kRounder = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
+  Vec const shifted = x + kRounder;
+  Vec const y = exp2_fraction(x - (shifted - kRounder));
+  Vec const result = bit_cast<Vec>(bit_cast<UintVec>(y) + (bit_cast<UintVec>(shifted) << 23));
   // A NaN's payload would have been shifted into the exponent.
   return x < -126.0f ? Vec{} : (x == x ? result : x);
+#endif
 }
 
 // log2(x) of normal x > 0, absolute error 1e-7 near 1; NaN stays NaN.

@@ -33,36 +33,24 @@ struct GroupView {
   NATTEN_INLINE T* at(int z, int y, int x) const { return base + z * step[0] + y * step[1] + x * step[2]; }
 };
 
-// A box of positions of the stream side. Rows are runs along the last axis, padded to a whole number of words.
+// A packed box of positions of the stream side. Rows are runs along the last axis, padded to a whole number of words. Slices
+// along the first axis lie in a ring, so that a box can move along that axis and only what is new is packed.
 struct StreamBox {
   Interval axis[kMaxRank];
-  int pitch = 0;  // tokens from one row to the next
+  int pitch = 0;   // tokens from one row to the next
+  int origin = 0;  // slice `origin` is the ring's first
+  int ring = 1;    // slices
 
   StreamBox() = default;
-  StreamBox(Interval z, Interval y, Interval x, int tokens_per_word) : axis{z, y, x}, pitch(round_up(x.size(), tokens_per_word)) {}
+  StreamBox(Interval const (&box)[kMaxRank], int tokens_per_word, int origin_, int ring_)
+      : axis{box[0], box[1], box[2]}, pitch(round_up(box[2].size(), tokens_per_word)), origin(origin_), ring(ring_) {}
 
-  int rows() const { return axis[0].size() * axis[1].size(); }
-  int tokens() const { return rows() * pitch; }
+  int tokens() const { return ring * axis[1].size() * pitch; }
   // Packed index of a token.
   NATTEN_INLINE int token(int z, int y, int x) const {
-    return ((z - axis[0].begin) * axis[1].size() + (y - axis[1].begin)) * pitch + (x - axis[2].begin);
+    return ((z - origin) % ring * axis[1].size() + (y - axis[1].begin)) * pitch + (x - axis[2].begin);
   }
 };
-
-// The shape of an operand of `tokens` tokens with `words` words each, at `data`.
-inline Operand make_operand(Word* data, int words, int tokens) {
-  Operand operand;
-  operand.data = data;
-  operand.words = words;
-  operand.pitch = words <= kPlaneWords / 2 ? kPlaneWords / 2 : kPlaneWords;
-  operand.plane_stride = std::int64_t{tokens} * operand.pitch;
-  return operand;
-}
-
-inline std::int64_t operand_words(int words, int tokens) {
-  Operand const operand = make_operand(nullptr, words, tokens);
-  return ceil_div(words, kPlaneWords) * operand.plane_stride;
-}
 
 NATTEN_INLINE Word* word_at(Operand const& operand, int token, int word) {
   return operand.data + (word / kPlaneWords) * operand.plane_stride + std::int64_t{token} * operand.pitch +
@@ -85,12 +73,13 @@ NATTEN_INLINE void prefetch_token(T* row, int dim) {
 
 constexpr int kPrefetchTokens = 8;
 
-// Packs a box as dot operand. Returns whether an element is infinite or NaN.
+// Packs slices of a box as dot operand. Returns whether an element is infinite or NaN.
 template <class Math>
-bool pack_dot(GroupView<typename Math::Storage const> const& from, StreamBox const& box, int dim, Operand const& to) {
+bool pack_dot(GroupView<typename Math::Storage const> const& from, StreamBox const& box, Interval slices, int dim,
+              Operand const& to) {
   IntVec nonfinite = {};
   int const size = box.axis[2].size();
-  for (int z = box.axis[0].begin; z < box.axis[0].end; ++z) {
+  for (int z = slices.begin; z < slices.end; ++z) {
     for (int y = box.axis[1].begin; y < box.axis[1].end; ++y) {
       auto const* row = from.at(z, y, box.axis[2].begin);
       Word* out = word_at(to, box.token(z, y, box.axis[2].begin), 0);
@@ -114,12 +103,13 @@ bool pack_dot(GroupView<typename Math::Storage const> const& from, StreamBox con
   return any(nonfinite);
 }
 
-// Packs a box as sum operand, where that differs from a dot operand: a word holds one channel of two tokens.
+// Packs slices of a box as sum operand, where that differs from a dot operand: a word holds one channel of two tokens.
 template <class Math>
-bool pack_sum(GroupView<typename Math::Storage const> const& from, StreamBox const& box, int dim, Operand const& to) {
+bool pack_sum(GroupView<typename Math::Storage const> const& from, StreamBox const& box, Interval slices, int dim,
+              Operand const& to) {
   typename Math::Storage const zeros[kLanes] = {};
   IntVec nonfinite = {};
-  for (int z = box.axis[0].begin; z < box.axis[0].end; ++z) {
+  for (int z = slices.begin; z < slices.end; ++z) {
     for (int y = box.axis[1].begin; y < box.axis[1].end; ++y) {
       int pair = box.token(z, y, box.axis[2].begin) / 2;
       auto const* row = from.at(z, y, box.axis[2].begin);
@@ -137,32 +127,33 @@ bool pack_sum(GroupView<typename Math::Storage const> const& from, StreamBox con
   return any(nonfinite);
 }
 
-// The stream side of one product pair (K and V, or Q and dO), packed: as dot operand, and as sum operand.
+// A tensor of the stream side, packed: as dot operand, and as sum operand.
 template <class Math>
 struct PackedTensor {
   Operand dot;
   Operand sum;
   int dim = 0;
 
-  static std::int64_t words(int dim, int tokens) {
-    std::int64_t dot = operand_words(ceil_div(dim, Math::kPerWord), tokens);
-    return Math::kPerWord == 1 ? dot : dot + operand_words(dim, tokens / Math::kPerWord);
+  // Memory for a token.
+  static std::int64_t token_words(int dim) {
+    std::int64_t const dot = operand_words(ceil_div(dim, Math::kPerWord));
+    return Math::kPerWord == 1 ? dot : dot + ceil_div(static_cast<int>(operand_words(dim)), Math::kPerWord);
   }
 
-  PackedTensor(Word* data, int dim_, int tokens) : dim(dim_) {
-    dot = make_operand(data, ceil_div(dim, Math::kPerWord), tokens);
-    sum = Math::kPerWord == 1
-              ? dot
-              : make_operand(data + operand_words(dot.words, tokens), dim, tokens / Math::kPerWord);
-  }
+  PackedTensor() = default;
+  PackedTensor(Word* data, int dim_, int tokens)
+      : dot(data, ceil_div(dim_, Math::kPerWord), tokens),
+        sum(Math::kPerWord == 1 ? dot
+                                : Operand(data + operand_words(dot.words) * tokens, dim_, tokens / Math::kPerWord)),
+        dim(dim_) {}
 
-  bool pack(GroupView<typename Math::Storage const> const& from, StreamBox const& box, bool as_dot, bool as_sum) const {
+  // Returns whether an element is infinite or NaN.
+  bool pack(GroupView<typename Math::Storage const> const& from, StreamBox const& box, Interval slices, bool as_dot,
+            bool as_sum) const {
     bool nonfinite = false;
-    if (as_dot || Math::kPerWord == 1) {
-      nonfinite = pack_dot<Math>(from, box, dim, dot);
-    }
+    if (as_dot || Math::kPerWord == 1) nonfinite = pack_dot<Math>(from, box, slices, dim, dot);
     if constexpr (Math::kPerWord > 1) {
-      if (as_sum) nonfinite |= pack_sum<Math>(from, box, dim, sum);
+      if (as_sum) nonfinite |= pack_sum<Math>(from, box, slices, dim, sum);
     }
     return nonfinite;
   }

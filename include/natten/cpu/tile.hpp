@@ -114,6 +114,14 @@ struct Tile {
     return found;
   }
 
+  // Lanes, from the first to the last, whose tokens may take part in stream row (z, y).
+  NATTEN_INLINE Interval lanes_of_row(int z, int y) const {
+    Interval const in_z = places_with(0, z), in_y = places_with(1, y);
+    if (in_z.empty() || in_y.empty()) return {};
+    int const plane = shape.size[1] * shape.size[2];
+    return {in_z.begin * plane + in_y.begin * shape.size[2], (in_z.end - 1) * plane + in_y.end * shape.size[2]};
+  }
+
   // Per lane, the number of tokens of stream row (z, y) that it takes part in: its whole last axis or nothing.
   NATTEN_INLINE UintVec row_size(int z, int y) const {
     IntVec const in = (broadcast(std::uint32_t(z)) - begin[0] < size[0]) & (broadcast(std::uint32_t(y)) - begin[1] < size[1]);
@@ -122,6 +130,20 @@ struct Tile {
   // Which lanes take part in token x of a row: one unsigned comparison checks both ends.
   NATTEN_INLINE IntVec keep(int x, UintVec row_size) const {
     return broadcast(std::uint32_t(x)) - begin[2] < row_size;
+  }
+  // Whether one lane does.
+  NATTEN_INLINE bool takes_part(int lane, int z, int y, int x) const {
+    return lane_interval(0, lane).contains(z) && lane_interval(1, lane).contains(y) && lane_interval(2, lane).contains(x);
+  }
+
+ private:
+  // Places on an axis whose intervals contain a stream position: neighbours, as intervals are monotone.
+  NATTEN_INLINE Interval places_with(int axis, int position) const {
+    int begin = 0;
+    while (begin < shape.size[axis] && !interval[axis][begin].contains(position)) ++begin;
+    int end = begin;
+    while (end < shape.size[axis] && interval[axis][end].contains(position)) ++end;
+    return {begin, end};
   }
 };
 
@@ -202,6 +224,26 @@ void load_lanes(GroupView<typename Math::Storage const> const& from, Tile const&
   }
 }
 
+// The tile's own tokens as a sum operand, in the order of lanes. Returns whether an element is infinite or NaN.
+template <class Math>
+bool load_lane_rows(GroupView<typename Math::Storage const> const& from, Tile const& tile, int dim, Operand const& out) {
+  typename Math::Storage const zeros[kLanes] = {};
+  IntVec nonfinite = {};
+  auto const row = [&](int l) {
+    return l < kLanes && tile.has(l) ? from.at(tile.position[0][l], tile.position[1][l], tile.position[2][l]) : nullptr;
+  };
+  for (int l = 0; l < kLanes; l += Math::kPerWord) {
+    auto const* const first = row(l);
+    auto const* const second = row(l + Math::kPerWord - 1);
+    for (int c = 0; c < dim; c += kLanes) {
+      Vec const v = Math::interleave(first ? first + c : zeros, second ? second + c : zeros, min(dim - c, kLanes));
+      nonfinite |= Math::is_nonfinite(v);
+      store_vec(reinterpret_cast<float*>(word_at(out, l / Math::kPerWord, c)), v);
+    }
+  }
+  return any(nonfinite);
+}
+
 // Fetches the lines of the tile's tokens in another tensor: results that will be written, long before they are, as a store
 // that misses stalls; or, `ahead` positions further, what the next tile reads.
 template <class T>
@@ -211,24 +253,8 @@ void prefetch_lanes(GroupView<T> const& view, Tile const& tile, int dim, int ahe
   }
 }
 
-// Adds to out[lane][channel] for G lanes from `first`: rows of weights and values that the lanes' union takes part in.
-template <class Math, int G>
-void accumulate_group(WeightedRow const* rows, int num_rows, int words, PackedTensor<Math> const& stream, float* out,
-                      std::int64_t out_stride) {
-  for (int c = 0; c < stream.dim; c += 4 * kLanes) {
-    std::int64_t const offset = word_at(stream.sum, 0, c) - stream.sum.data;
-    int const vectors = min(4, ceil_div(stream.dim - c, kLanes));
-    auto const run = [&](auto vectors_c) {
-      accumulate<Math, G, decltype(vectors_c)::value>(rows, num_rows, words, stream.sum.pitch, offset, out + c, out_stride);
-    };
-    if (vectors == 4) run(std::integral_constant<int, 4>{});
-    else if (vectors == 3) run(std::integral_constant<int, 3>{});
-    else if (vectors == 2) run(std::integral_constant<int, 2>{});
-    else run(std::integral_constant<int, 1>{});
-  }
-}
-
-// As above for one lane and only for the tokens it takes part in: 0 * inf must not reach those that do not attend.
+// out[channel] += what one lane sums up, from the tokens only that it takes part in: 0 * inf must not reach lanes that do
+// not attend.
 template <class Math>
 void accumulate_exact(Chunk const& chunk, Interval const (&box)[kMaxRank], PackedTensor<Math> const& stream,
                       Word const* weights, float* out) {
@@ -292,7 +318,8 @@ void accumulate_chunk(Tile const& tile, Chunk const& chunk, PackedTensor<Math> c
       int const weight = r * chunk.width / kTokens + part.words.begin;
       rows[n++] = {word_at(stream.sum, token, 0), words + weight * kLanes + first};
     }
-    accumulate_group<Math, decltype(lanes_c)::value>(rows, n, part.words.size(), stream, out + first * out_stride, out_stride);
+    accumulate_channels<Math, decltype(lanes_c)::value, /*kMemberStep=*/1, /*kWordStep=*/kLanes>(
+        rows, n, part.words.size(), stream.sum, stream.dim, out + first * out_stride, out_stride);
   };
 
   // Two pairs do the work of a four in less arithmetic, but at 6 loads for 8 FMAs instead of 8 for 16.
