@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ def _run(problem: Problem, direction: str) -> int:
     attention = build(OURS, problem)
     ones = (1,) * len(problem.case.grid)
     tiny = build(OURS, Problem(Case("one token", ones, ones), problem.dtype, problem.head_dim))
+    run: Callable[[], object]
     if direction == FORWARD:
         tiny.forward()()
         run = attention.forward()
