@@ -94,7 +94,15 @@ class Problem:
         """Keyword arguments of the call, without the tensors."""
         arguments: dict[str, Any] = {
             name: getattr(self, name)
-            for name in ("kernel_size", "stride", "dilation", "is_causal", "boundary", "offset", "scale")
+            for name in (
+                "kernel_size",
+                "stride",
+                "dilation",
+                "is_causal",
+                "boundary",
+                "offset",
+                "scale",
+            )
         }
         whole = tuple((0, extent) for extent in self.grid)
         if self.query_box != whole or self.key_box != whole:
@@ -162,7 +170,9 @@ def random_problem(features: tuple[str, ...], seed: int) -> Problem:
     def chance(feature: str, probability: float) -> bool:
         return feature in has or rng.random() < probability
 
-    rank = next((RANKS.index(name) + 1 for name in features if name in RANKS), rng.choice((1, 2, 2, 3)))
+    rank = next(
+        (RANKS.index(name) + 1 for name in features if name in RANKS), rng.choice((1, 2, 2, 3))
+    )
     valid = "valid" in has
     # "valid" wants stride 1 and no causality on its axis: what it is paired with goes to another axis.
     if valid and has & {"stride", "causal", "offset", "mask", "zeros"}:

@@ -30,7 +30,7 @@ def device(request: pytest.FixtureRequest) -> str:
 def seed(request: pytest.FixtureRequest) -> int:
     """Seeds torch by the test's name: the same in every run, whatever else runs."""
     number = zlib.crc32(request.node.nodeid.encode())
-    print(f"torch seed {number}")  # shown if the test fails
+    print(f"torch seed {number}")  # noqa: T201  # shown if the test fails
     torch.manual_seed(number)
     return number
 

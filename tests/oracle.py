@@ -29,9 +29,7 @@ def window(extent, kernel_size, stride, dilation, is_causal, boundary, offset, t
     if boundary == "shift" and not is_causal:
         begin = max(0, min(begin, length - kernel_size))
         end = begin + kernel_size
-    tokens = [
-        key * dilation + group for key in range(begin, end) if 0 <= key < length
-    ]
+    tokens = [key * dilation + group for key in range(begin, end) if 0 <= key < length]
     return tokens, counted if boundary == "zeros" else len(tokens)
 
 
@@ -146,7 +144,16 @@ def run(function, operands, seed=0, with_lse=True):
     return [output.detach(), lse.detach(), *found]
 
 
-NAMES = ("output", "lse", "d_query", "d_key", "d_value", "d_additional_keys", "d_additional_values", "d_rpb")
+NAMES = (
+    "output",
+    "lse",
+    "d_query",
+    "d_key",
+    "d_value",
+    "d_additional_keys",
+    "d_additional_values",
+    "d_rpb",
+)
 # How many times the type's epsilon, of the largest number, an error may always be: the rounding of inputs and outputs,
 # where the dense computation has been lucky.
 FLOOR = {torch.float64: 512, torch.float32: 64, torch.bfloat16: 2, torch.float16: 2}
@@ -154,7 +161,9 @@ FLOOR = {torch.float64: 512, torch.float32: 64, torch.bfloat16: 2, torch.float16
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str = "result") -> None:
     """Raises, with the worst place, if a number is off by more than `tolerance`, or not finite where it should be."""
-    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
+    assert actual.shape == expected.shape, (
+        f"{what}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
+    )
     if actual.numel() == 0:
         return
     actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()

@@ -22,12 +22,13 @@ def dtype_of(row) -> torch.dtype:
     return getattr(torch, row.dtypes[0])
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def expectation(problem: Problem, dtype: torch.dtype):
     """What is right, from the reference in float64, and what a dense computation makes of it in `dtype`."""
     operands = problem.operands(dtype)
     exact = oracle.run(
-        lambda *t: call(problem, t, "reference"), [None if t is None else t.double() for t in operands]
+        lambda *t: call(problem, t, "reference"),
+        [None if t is None else t.double() for t in operands],
     )
     return exact, oracle.run(lambda *t: oracle.dense(problem, t, dtype), operands)
 
@@ -104,7 +105,8 @@ def test_named_problem(case, dtype):
     problem = named_problem(case, heads=1, heads_kv=1, head_dim=16, head_dim_value=16)
     operands = problem.operands(dtype)
     exact = oracle.run(
-        lambda *t: call(problem, t, "reference"), [None if t is None else t.float() for t in operands]
+        lambda *t: call(problem, t, "reference"),
+        [None if t is None else t.float() for t in operands],
     )
     results = oracle.run(lambda *t: call(problem, t), operands)
     for name, result, right in zip(oracle.NAMES, results, exact, strict=True):
@@ -113,7 +115,9 @@ def test_named_problem(case, dtype):
             oracle.assert_close(result, right, bound, name)
 
 
-@pytest.mark.parametrize("head_dim", [1, 2, 7, 15, 16, 17, 31, 33, 63, 64, 65, 96, 127, 128, 160, 256, 511, 512])
+@pytest.mark.parametrize(
+    "head_dim", [1, 2, 7, 15, 16, 17, 31, 33, 63, 64, 65, 96, 127, 128, 160, 256, 511, 512]
+)
 def test_head_dim(head_dim, row):
     if head_dim > 64 and row.isa not in (BASELINE, *_C.cpu_isas()[:1]):
         pytest.skip("large head dims run on the best instruction set")
@@ -139,7 +143,9 @@ def test_huge_logits(row):
     operands = problem.operands(dtype_of(row))
     output, lse = call(problem, operands, row.backend)
     assert output.isfinite().all()
-    _, expected_lse = call(problem, [None if t is None else t.double() for t in operands], "reference")
+    _, expected_lse = call(
+        problem, [None if t is None else t.double() for t in operands], "reference"
+    )
     largest = expected_lse[expected_lse.isfinite()].abs().max().item()
     oracle.assert_close(lse, expected_lse, 1e-5 * largest, "lse")
 
@@ -188,7 +194,7 @@ def test_poison_stays_where_it_belongs(poison, which, row):
         return [t.detach().flatten(1, 2)[0] for t in (output, lse, *gradients)]
 
     clean = run()
-    poisoned = tensors[which] if which in tensors else cotangent
+    poisoned = tensors.get(which, cotangent)
     poisoned[0, place[0], place[1], 0, 3] = poison
     dirty = run()
     # Queries that see the poison; then the keys that see such a query.

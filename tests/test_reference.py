@@ -88,10 +88,14 @@ def test_memory_does_not_grow_with_the_grid(monkeypatch):
     assert 0 < largest <= 1 << 16
 
 
-@pytest.mark.parametrize("features", [("zeros", "rpb"), ("causal", "additional"), ("gqa", "stride")])
+@pytest.mark.parametrize(
+    "features", [("zeros", "rpb"), ("causal", "additional"), ("gqa", "stride")]
+)
 def test_any_order_of_derivatives(features):
     problem = random_problem(features, 1)
-    problem = type(problem)(**{**vars(problem), "batch": 1, "heads": 2, "heads_kv": 1, "head_dim": 2})
+    problem = type(problem)(
+        **{**vars(problem), "batch": 1, "heads": 2, "heads_kv": 1, "head_dim": 2}
+    )
     from dataclasses import replace
 
     small = replace(

@@ -150,7 +150,8 @@ def _nothing_runs(backend: str, candidates: list[Candidate]) -> NotImplementedEr
 def candidates(problem: Problem, needs_grad: bool, isa: str) -> list[Candidate]:
     """Every way to run the problem, in order of preference, each with the reasons why it cannot."""
     found: list[Candidate] = []
-    if problem.device.type == "cpu":
+    # Tensors on "meta" have shapes only, and the ops know the shapes.
+    if problem.device.type in ("cpu", "meta"):
         core = _C.Problem(
             str(problem.dtype).removeprefix("torch."),
             problem.flat_axes,
@@ -207,7 +208,7 @@ def select_in_graph(problem: Problem, needs_grad: bool, backend: str | None) -> 
 
     On a CPU the choice among compiled kernels is left to the moment the graph runs: it may be on another machine.
     """
-    if problem.device.type == "cpu":
+    if problem.device.type in ("cpu", "meta"):
         return IN_FORCE if backend is None else canonical(backend)
     name = backend_in_force() if backend is None else canonical(backend)
     if name in ("auto", "flex"):

@@ -154,6 +154,10 @@ def forward(operands: Operands, flat_axes: tuple[int, ...], scale: float) -> tup
     """Output [batch, *grid, heads, head_dim_value] and LSE [batch, *grid, heads] of a problem."""
     from torch.nn.attention.flex_attention import AuxRequest
 
+    if operands.query.device.type == "cpu":
+        # Without grad mode it still refuses what would require a gradient with it.
+        tensors: list[Any] = [None if t is None else t.detach() for t in operands]
+        operands = Operands(*tensors)
     query, key, value, additional_keys, additional_values, _ = operands
     rank = query.dim() - 3
     grid = query.shape[:-1]

@@ -75,7 +75,8 @@ class _Backward(torch.autograd.Function):
             computed = reference.backward(operands, d_output, d_lse, *ctx.settings)
             return tuple(gradient for gradient in computed if gradient is not None)
 
-        computed, pullback = torch.func.vjp(gradients, *(saved[i] for i in present))
+        at: Any = torch.func.vjp(gradients, *(saved[i] for i in present))
+        computed, pullback = at
         given = [cotangents[i] for i in present if i < _NUM_OPERANDS]
         filled = (
             torch.zeros_like(c) if g is None else g for c, g in zip(computed, given, strict=True)

@@ -1,0 +1,398 @@
+# SPDX-License-Identifier: MIT
+"""What bad input gets: an error that names the argument, its value, what is wanted; and what counts as good input."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+import torch
+
+import natten
+from natten import _C
+from natten._problem import Axis
+
+
+def tensors(*shape, dtype=torch.float32):
+    return [torch.randn(shape).to(dtype) for _ in range(3)]
+
+
+def test_axis_is_the_cores():
+    assert Axis._fields == _C.AXIS_FIELDS
+
+
+QUERY = torch.randn(2, 6, 8, 4, 16)
+WRONG_TENSORS = {
+    "query rank": ({"query": QUERY[0]}, r"query.ndim = 4; wanted 5"),
+    "key rank": ({"key": QUERY[0]}, r"key.ndim = 4; wanted 5"),
+    "key grid": (
+        {"key": QUERY[:, :5], "value": QUERY[:, :5]},
+        r"key.shape\[1:-2\] = \(5, 8\); wanted \(6, 8\)",
+    ),
+    "value grid": ({"value": QUERY[:, :5]}, r"value.shape\[1:-2\]"),
+    "batch": ({"key": QUERY[:1], "value": QUERY[:1]}, r"key.shape\[0\] = 1; wanted 2"),
+    "head dim": ({"key": QUERY[..., :8]}, r"key.shape\[-1\] = 8; wanted 16"),
+    "heads": (
+        {"key": QUERY[..., :3, :], "value": QUERY[..., :3, :]},
+        r"key.shape\[-2\] = 3; wanted a divisor of 4",
+    ),
+    "no heads": ({"key": QUERY[..., :0, :], "value": QUERY[..., :0, :]}, r"key.shape\[-2\] = 0"),
+    "value heads": ({"value": QUERY[..., :2, :]}, r"value.shape\[-2\] = 2; wanted 4"),
+    "empty head dim": ({"query": QUERY[..., :0], "key": QUERY[..., :0]}, r"query.shape\[-1\] = 0"),
+    "empty value dim": ({"value": QUERY[..., :0]}, r"value.shape\[-1\] = 0"),
+    "key dtype": ({"key": QUERY.double()}, r"key.dtype = torch.float64; wanted torch.float32"),
+    "integers": (
+        {name: QUERY.int() for name in ("query", "key", "value")},
+        r"query.dtype = torch.int32; wanted",
+    ),
+    "complex": (
+        {name: QUERY.cfloat() for name in ("query", "key", "value")},
+        r"query.dtype = torch.complex64",
+    ),
+    "device": ({"value": QUERY.to("meta")}, r"value.device = meta; wanted cpu"),
+    "not a tensor": ({"key": [1, 2]}, r"key = list; wanted a torch.Tensor"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_TENSORS)
+def test_wrong_tensors(case):
+    changes, match = WRONG_TENSORS[case]
+    arguments = {"query": QUERY, "key": QUERY, "value": QUERY, **changes}
+    with pytest.raises(ValueError, match=match):
+        natten.na2d(**arguments, kernel_size=3)
+    # The oldest callers catch this one.
+    with pytest.raises(RuntimeError, match=match):
+        natten.na2d(**arguments, kernel_size=3)
+
+
+WRONG_ARGUMENTS = {
+    "kernel 0": ({"kernel_size": 0}, r"kernel_size\[0\] = 0; wanted at least 1"),
+    "kernel -2": ({"kernel_size": (3, -2)}, r"kernel_size\[1\] = -2"),
+    "kernel float": ({"kernel_size": 3.0}, r"kernel_size\[0\] = 3.0; wanted an integer"),
+    "kernel bool": ({"kernel_size": True}, r"kernel_size\[0\] = True; wanted an integer"),
+    "kernel bools": ({"kernel_size": (3, True)}, r"kernel_size\[1\] = True; wanted an integer"),
+    "kernel None": ({"kernel_size": None}, r"kernel_size\[0\] = None"),
+    "kernel string": ({"kernel_size": "33"}, r"kernel_size\[0\] = '33'"),
+    "kernel count": (
+        {"kernel_size": (3, 3, 3)},
+        r"kernel_size = \(3, 3, 3\); wanted one value, or 2",
+    ),
+    "too large": (
+        {"kernel_size": (3, 9)},
+        r"kernel_size\[1\] \* dilation\[1\] = 9 \* 1; wanted at most 8",
+    ),
+    "dilated": (
+        {"kernel_size": 3, "dilation": (3, 1)},
+        r"kernel_size\[0\] \* dilation\[0\] = 3 \* 3; wanted at most 6",
+    ),
+    "stride": ({"kernel_size": 3, "stride": 4}, r"stride\[0\] = 4; wanted 1 to 3"),
+    "stride 0": ({"kernel_size": 3, "stride": 0}, r"stride\[0\] = 0"),
+    "dilation 0": ({"kernel_size": 3, "dilation": 0}, r"dilation\[0\] = 0; wanted at least 1"),
+    "causal int": ({"kernel_size": 3, "is_causal": 1}, r"is_causal\[0\] = 1; wanted True or False"),
+    "boundary": (
+        {"kernel_size": 3, "boundary": "wrap"},
+        r"boundary\[0\] = 'wrap'; wanted one of 'shift'",
+    ),
+    "boundary int": ({"kernel_size": 3, "boundary": 1}, r"boundary\[0\] = 1"),
+    "offset": ({"kernel_size": 4, "stride": 2, "offset": 2}, r"offset\[0\] = 2; wanted 0 to 1"),
+    "offset -1": ({"kernel_size": 4, "stride": 2, "offset": -1}, r"offset\[0\] = -1"),
+    "whole dilated": (
+        {"kernel_size": -1, "dilation": 2},
+        r"dilation\[0\] = 2; wanted 1 with kernel_size\[0\] = -1",
+    ),
+    "valid stride": (
+        {"kernel_size": 3, "stride": 2, "boundary": "valid"},
+        r"boundary\[0\] = 'valid'",
+    ),
+    "valid causal": (
+        {"kernel_size": 3, "is_causal": True, "boundary": "valid"},
+        r"boundary\[0\] = 'valid'",
+    ),
+    "valid nothing": (
+        {"kernel_size": 7, "boundary": ("valid", "mask")},
+        r"kernel_size\[0\], dilation\[0\] = 7, 1",
+    ),
+    "origin alone": ({"kernel_size": 3, "query_origin": 0}, r"grid = None"),
+    "origin": (
+        {"kernel_size": 3, "grid": (6, 8), "query_origin": (0, 1)},
+        r"query_origin\[1\] = 1; wanted 0 to 0",
+    ),
+    "grid small": ({"kernel_size": 3, "grid": (5, 8)}, r"query_origin\[0\]"),
+    "rpb shape": (
+        {"kernel_size": 3, "rpb": torch.zeros(4, 5, 6)},
+        r"rpb.shape = \(4, 5, 6\); wanted \(4, 5, 5\)",
+    ),
+    "rpb integers": ({"kernel_size": 3, "rpb": torch.zeros(4, 5, 5).int()}, r"rpb.dtype"),
+    "rpb device": ({"kernel_size": 3, "rpb": torch.zeros(4, 5, 5, device="meta")}, r"rpb.device"),
+    "keys alone": ({"kernel_size": 3, "additional_keys": QUERY[:, 0]}, r"additional_values = None"),
+    "values alone": (
+        {"kernel_size": 3, "additional_values": QUERY[:, 0]},
+        r"additional_keys = None",
+    ),
+    "backend": (
+        {"kernel_size": 3, "backend": "cuda"},
+        r"backend = 'cuda'; wanted one of 'auto', 'fna'",
+    ),
+    "huge": ({"kernel_size": 2**30, "boundary": "mask"}, r"too large"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_ARGUMENTS)
+def test_wrong_arguments(case):
+    changes, match = WRONG_ARGUMENTS[case]
+    natten.na2d(QUERY, QUERY, QUERY, kernel_size=(3, 1))  # what is cached must not matter
+    with pytest.raises(ValueError, match=match):
+        natten.na2d(QUERY, QUERY, QUERY, **changes)
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "match"),
+    [
+        (QUERY[:1, 0], QUERY[:1, 0], r"additional_keys.shape\[0\]"),
+        (QUERY[:, 0, :, :2], QUERY[:, 0], r"additional_keys.shape\[-2\] = 2; wanted 4"),
+        (QUERY[:, 0], QUERY[:, 0, :5], r"additional_values.shape\[1\] = 5; wanted 8"),
+        (QUERY[:, 0, :, :, :4], QUERY[:, 0], r"additional_keys.shape\[-1\] = 4; wanted 16"),
+        (QUERY[:, 0].double(), QUERY[:, 0], r"additional_keys.dtype"),
+        (QUERY, QUERY, r"additional_keys.ndim = 5; wanted 4"),
+    ],
+    ids=range(6),
+)
+def test_wrong_additional_tokens(keys, values, match):
+    with pytest.raises(ValueError, match=match):
+        natten.na2d(QUERY, QUERY, QUERY, 3, additional_keys=keys, additional_values=values)
+
+
+def test_keys_that_do_not_suffice():
+    with pytest.raises(
+        ValueError,
+        match=r"key_origin\[0\] = 2 with 4 tokens; wanted a key box that holds tokens 1 to 4",
+    ):
+        natten.na2d(
+            QUERY[:, :2],
+            QUERY[:, :4],
+            QUERY[:, :4],
+            3,
+            grid=(9, 8),
+            query_origin=(2, 0),
+            key_origin=(2, 0),
+        )
+
+
+@pytest.mark.parametrize("kind", ["nested", "sparse"])
+def test_nested_and_sparse(kind):
+    x = torch.randn(4, 8, 2, 4)
+    if kind == "nested":
+        wrong = torch.nested.nested_tensor([x[0], x[1, :5]], layout=torch.jagged)
+    else:
+        wrong = x.to_sparse()
+    with pytest.raises(NotImplementedError, match=r"key is a nested or sparse tensor"):
+        natten.na1d(x, wrong, x, 3)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_functions_want_their_rank(rank):
+    function = (natten.na1d, natten.na2d, natten.na3d)[rank - 1]
+    for other in (1, 2, 3):
+        x = torch.randn(1, *(4,) * other, 1, 8)
+        if other == rank:
+            assert function(x, x, x, 3).shape == x.shape
+        else:
+            with pytest.raises(ValueError, match=r"query.ndim"):
+                function(x, x, x, 3)
+    with pytest.raises(ValueError, match=r"query.ndim = 7"):
+        natten.neighborhood_attention_generic(*tensors(1, 2, 2, 2, 2, 1, 4), 1)
+
+
+def test_good_spellings():
+    """Lists, numpy's integers, None, per axis or for all."""
+    numpy = pytest.importorskip("numpy")
+    expected = natten.na2d(QUERY, QUERY, QUERY, (3, 3), (2, 2), (1, 1), (False, False))
+    for settings in (
+        {"kernel_size": 3, "stride": 2},
+        {"kernel_size": [3, 3], "stride": [2, 2]},
+        {"kernel_size": numpy.int64(3), "stride": numpy.array([2, 2])},
+        {"kernel_size": torch.Size((3, 3)), "stride": 2, "dilation": None, "is_causal": None},
+        {"kernel_size": 3, "stride": 2, "boundary": ["shift", "shift"], "offset": [0, 0]},
+        {"kernel_size": 3, "stride": 2, "grid": (6, 8), "query_origin": 0, "key_origin": [0, 0]},
+    ):
+        assert torch.equal(natten.na2d(QUERY, QUERY, QUERY, **settings), expected)
+    assert torch.equal(
+        natten.na2d(QUERY, QUERY, QUERY, 3, None), natten.na2d(QUERY, QUERY, QUERY, 3)
+    )
+
+
+def test_whole_axis():
+    expected = natten.na2d(QUERY, QUERY, QUERY, (6, 3))
+    assert torch.equal(natten.na2d(QUERY, QUERY, QUERY, (-1, 3)), expected)
+    assert torch.equal(
+        natten.na2d(QUERY, QUERY, QUERY, (-1, 3), boundary=("valid", "shift")), expected
+    )
+
+
+def test_scale_of_zero_is_zero():
+    query, key, value = tensors(1, 9, 1, 4)
+    output = natten.na1d(query, key, value, 9, scale=0.0)
+    assert torch.allclose(output, value.mean(1, keepdim=True).expand_as(output), atol=1e-6)
+
+
+def test_default_scale():
+    query, key, value = tensors(1, 9, 1, 4)
+    assert torch.equal(
+        natten.na1d(query, key, value, 3), natten.na1d(query, key, value, 3, scale=0.5)
+    )
+
+
+def test_tuning_arguments_are_accepted():
+    query, key, value = tensors(1, 6, 6, 2, 8)
+    output = natten.na2d(
+        query,
+        key,
+        value,
+        3,
+        1,
+        1,
+        False,
+        None,
+        None,
+        None,
+        {"backend": "cutlass-fmha"},
+        "cutlass-fna",
+        q_tile_shape=(8, 8),
+        kv_tile_shape=(8, 8),
+        backward_q_tile_shape=(8, 8),
+        backward_kv_tile_shape=(8, 8),
+        backward_kv_splits=(1, 1),
+        backward_use_pt_reduction=True,
+        run_persistent_kernel=False,
+        kernel_schedule="pp",
+        torch_compile=True,
+        return_lse=False,
+    )
+    assert torch.equal(output, natten.na2d(query, key, value, 3))
+
+
+# Backends -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """Names of the kernels that run."""
+    names = []
+    original = _C.forward
+
+    def spy(problem, kernel, *rest):
+        names.append(kernel)
+        original(problem, kernel, *rest)
+
+    monkeypatch.setattr(_C, "forward", spy)
+    return names
+
+
+X = torch.randn(1, 8, 1, 4)
+
+
+def test_use_backend_nests_and_a_named_backend_wins(used):
+    def backend():
+        natten.na1d(X, X, X, 3)
+        return used[-1].partition("_")[0]
+
+    assert backend() == "fna"
+    with natten.use_backend("naive"):
+        assert backend() == "naive"
+        with natten.use_backend("fna"):
+            assert backend() == "fna"
+            natten.na1d(X, X, X, 3, backend="naive")
+            assert used[-1].startswith("naive")
+        assert backend() == "naive"
+        with pytest.raises(ZeroDivisionError), natten.use_backend("auto"):
+            1 / (len(backend()) - len("fna"))
+        assert backend() == "naive"
+    assert backend() == "fna"
+
+
+def test_use_backend_is_of_a_thread(used):
+    def work():
+        natten.na1d(X, X, X, 3)
+
+    with natten.use_backend("naive"):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert used[-1].startswith("fna")
+
+
+def test_use_backend_is_of_a_task():
+    async def one(name, others):
+        with natten.use_backend(name):
+            for _ in range(3):
+                await asyncio.sleep(0)
+                others.append((name, natten.explain(X, X, X, 3).selected.backend))
+
+    async def both():
+        seen = []
+        await asyncio.gather(one("naive", seen), one("reference", seen))
+        return seen
+
+    assert all(wanted == got for wanted, got in asyncio.run(both()))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["cutlass-fna", "hopper-fna", "blackwell-fna", "cutlass-fmha", "hopper-fmha", "blackwell-fmha"],
+)
+def test_names_of_the_older_package(name, used):
+    natten.na1d(X, X, X, 3, backend=name)
+    assert used[-1].startswith("fna")
+    with natten.use_backend(name):
+        assert natten.attention(X, X, X).shape == X.shape
+    assert natten.explain(X, X, X, 3, backend="flex-fna").selected.backend == "flex"
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="'cutlass-fna'"), natten.use_backend("cutlass"):
+        pass
+
+
+def test_a_backend_that_cannot_run_says_why():
+    x = X.double()
+    with pytest.raises(NotImplementedError) as raised:
+        natten.na1d(x, x, x, 3, backend="fna")
+    message = str(raised.value)
+    for kernel in _C.kernels():
+        if kernel.op == "forward" and kernel.backend == "fna":
+            assert (
+                f"{kernel.name}: computes {kernel.dtypes[0]}, and the problem is float64" in message
+            )
+    grad = X.clone().requires_grad_()
+    with pytest.raises(NotImplementedError, match="no backward on cpu"):
+        natten.na1d(grad, grad, grad, 3, backend="flex")
+    with torch.no_grad():
+        assert natten.na1d(grad, grad, grad, 3, backend="flex").shape == X.shape
+
+
+def test_explain_lists_everything_and_runs_nothing(used):
+    explanation = natten.explain(X, X, X, kernel_size=3)
+    assert not used
+    forward = [kernel.name for kernel in _C.kernels() if kernel.op == "forward"]
+    assert [c.kernel for c in explanation.candidates] == [*forward, "flex", "reference"]
+    assert explanation.selected is next(c for c in explanation.candidates if not c.reasons)
+    assert f"-> {explanation.selected.kernel}: can run" in str(explanation)
+    natten.na1d(X, X, X, 3)
+    assert used == [explanation.selected.kernel]
+
+
+@pytest.mark.parametrize("isa", _C.cpu_isas())
+def test_forced_isa(isa, used, monkeypatch):
+    natten.na1d(X, X, X, 3)
+    monkeypatch.setenv("NATTEN_CPU_ISA", isa)
+    natten.na1d(X, X, X, 3)
+    by_name = {kernel.name: kernel for kernel in _C.kernels()}
+    assert by_name[used[0]].isa == _C.cpu_isas()[0]
+    assert by_name[used[1]].isa == isa
+
+
+def test_forced_isa_that_is_not_there(monkeypatch):
+    monkeypatch.setenv("NATTEN_CPU_ISA", "avx1024")
+    with pytest.raises(ValueError, match="NATTEN_CPU_ISA = 'avx1024'"):
+        natten.na1d(X, X, X, 3)
