@@ -276,11 +276,11 @@ class GradKeyValue {
     auto const output = view(arguments_.output);
     for (int z = slices.begin; z < slices.end; ++z) {
       for (int y = box.axis[1].begin; y < box.axis[1].end; ++y) {
-        QueryStats* row = stream.stats + box.token(z, y, box.axis[2].begin);
-        for (int x = box.axis[2].begin; x < box.axis[2].begin + box.pitch; ++x) {
+        QueryStats* row = stream.stats + box.token(z, y, box.first);
+        for (int x = box.first; x < box.first + box.pitch; ++x) {
           if (x + kPrefetchTokens < box.axis[2].end) prefetch_token(output.at(z, y, x + kPrefetchTokens), problem_.head_dim_value);
-          *row++ = x < box.axis[2].end ? query_stats<Storage>(arguments_, groups, batch, head, z, y, x)
-                                       : QueryStats{kInfinity, 0};
+          *row++ = box.axis[2].contains(x) ? query_stats<Storage>(arguments_, groups, batch, head, z, y, x)
+                                           : QueryStats{kInfinity, 0};
         }
       }
     }

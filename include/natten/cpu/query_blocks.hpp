@@ -99,7 +99,7 @@ class QueryBlocks {
     bool ring_nonfinite = false;
     KeyStream<Math> additional;  // stays packed if it is one piece
     if (one_piece && problem_.additional_keys > 0) {
-      StreamBox const box(line, Math::kPerWord, 0, 1);
+      StreamBox const box(line, Math::kPerWord, /*padding=*/0, /*origin=*/0, /*ring=*/1);
       additional = packed(box, memory.additional);
       additional.nonfinite = pack_additional(pass, item, additional);
     }

@@ -202,7 +202,7 @@ void for_each_piece(Interval const (&box)[kMaxRank], std::int64_t max_tokens, in
       for (int x = box[2].begin; x < box[2].end; x += nx) {
         Interval const piece[kMaxRank] = {
             {z, min(z + nz, box[0].end)}, {y, min(y + ny, box[1].end)}, {x, min(x + nx, box[2].end)}};
-        visit(StreamBox(piece, tokens_per_word, z, piece[0].size()));
+        visit(StreamBox(piece, tokens_per_word, /*padding=*/0, z, piece[0].size()));
       }
     }
   }
@@ -217,7 +217,12 @@ class Walk {
     for_each_step([&](Interval const(&block)[kMaxRank]) {
       ring_ = max(ring_, stream_of(item_.groups[0], schedule_.side, block[0]).size());
     });
-    std::int64_t const slice = std::int64_t{stream_[1].size()} * round_up(stream_[2].size(), tokens_per_word);
+    // Words begin where windows in the middle of the axis do: else most windows would stick out by a token at both ends.
+    int const middle = item.block[2].begin + item.block[2].size() / schedule.tile.size[2] / 2 * schedule.tile.size[2];
+    int const begin = stream_of(item.groups[2], schedule.side, {middle, middle + 1}).begin;
+    padding_ = (tokens_per_word - (begin - stream_[2].begin) % tokens_per_word) % tokens_per_word;
+    std::int64_t const slice =
+        std::int64_t{stream_[1].size()} * round_up(stream_[2].size() + padding_, tokens_per_word);
     is_ring_ = slice * ring_ <= schedule.max_packed;
     capacity_ = is_ring_ ? slice * ring_ : schedule.max_packed;
   }
@@ -249,7 +254,7 @@ class Walk {
     if (keeps_ring && before >= item_.block[0].begin) {
       packed_end = max(packed_end, stream_of(item_.groups[0], schedule_.side, {before, block[0].begin}).end);
     }
-    visit(StreamBox(box, tokens_per_word_, stream_[0].begin, ring_), Interval{packed_end, max(packed_end, box[0].end)});
+    visit(StreamBox(box, tokens_per_word_, padding_, stream_[0].begin, ring_), Interval{packed_end, max(packed_end, box[0].end)});
   }
 
  private:
@@ -257,6 +262,7 @@ class Walk {
   Schedule::Item const& item_;
   int tokens_per_word_;
   Interval stream_[kMaxRank];
+  int padding_ = 0;
   int ring_ = 1;
   bool is_ring_ = false;
   std::int64_t capacity_ = 0;

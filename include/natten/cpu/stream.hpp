@@ -33,22 +33,27 @@ struct GroupView {
   NATTEN_INLINE T* at(int z, int y, int x) const { return base + z * step[0] + y * step[1] + x * step[2]; }
 };
 
-// A packed box of positions of the stream side. Rows are runs along the last axis, padded to a whole number of words. Slices
+// A packed box of positions of the stream side. Rows are runs along the last axis, padded at both ends to whole words. Slices
 // along the first axis lie in a ring, so that a box can move along that axis and only what is new is packed.
 struct StreamBox {
   Interval axis[kMaxRank];
+  int first = 0;   // position of a row's first packed token; before axis[2].begin there is padding
   int pitch = 0;   // tokens from one row to the next
   int origin = 0;  // slice `origin` is the ring's first
   int ring = 1;    // slices
 
   StreamBox() = default;
-  StreamBox(Interval const (&box)[kMaxRank], int tokens_per_word, int origin_, int ring_)
-      : axis{box[0], box[1], box[2]}, pitch(round_up(box[2].size(), tokens_per_word)), origin(origin_), ring(ring_) {}
+  StreamBox(Interval const (&box)[kMaxRank], int tokens_per_word, int padding, int origin_, int ring_)
+      : axis{box[0], box[1], box[2]},
+        first(box[2].begin - padding),
+        pitch(round_up(box[2].end - first, tokens_per_word)),
+        origin(origin_),
+        ring(ring_) {}
 
   int tokens() const { return ring * axis[1].size() * pitch; }
   // Packed index of a token.
   NATTEN_INLINE int token(int z, int y, int x) const {
-    return ((z - origin) % ring * axis[1].size() + (y - axis[1].begin)) * pitch + (x - axis[2].begin);
+    return ((z - origin) % ring * axis[1].size() + (y - axis[1].begin)) * pitch + (x - first);
   }
 };
 
@@ -78,25 +83,22 @@ template <class Math>
 bool pack_dot(GroupView<typename Math::Storage const> const& from, StreamBox const& box, Interval slices, int dim,
               Operand const& to) {
   IntVec nonfinite = {};
-  int const size = box.axis[2].size();
   for (int z = slices.begin; z < slices.end; ++z) {
     for (int y = box.axis[1].begin; y < box.axis[1].end; ++y) {
-      auto const* row = from.at(z, y, box.axis[2].begin);
-      Word* out = word_at(to, box.token(z, y, box.axis[2].begin), 0);
-      for (int i = 0; i < size; ++i, row += from.step[2], out += to.pitch) {
-        if (i + kPrefetchTokens < size) prefetch_token(row + kPrefetchTokens * from.step[2], dim);
+      auto const* row = from.at(z, y, box.first);
+      Word* out = word_at(to, box.token(z, y, box.first), 0);
+      for (int x = box.first; x < box.first + box.pitch; ++x, row += from.step[2], out += to.pitch) {
+        bool const is_token = box.axis[2].contains(x);
+        if (x + kPrefetchTokens < box.axis[2].end) prefetch_token(row + kPrefetchTokens * from.step[2], dim);
         for (int plane = 0; plane * kPlaneWords < to.words; ++plane) {
           int const end = min(to.words, (plane + 1) * kPlaneWords);
           Word* plane_out = out + plane * to.plane_stride;
           for (int w = plane * kPlaneWords; w < end; w += kLanes, plane_out += kLanes) {
-            Vec const v = Math::load_words(row, w, dim);
+            Vec const v = is_token ? Math::load_words(row, w, dim) : Vec{};
             nonfinite |= Math::is_nonfinite(v);
             store_as(plane_out, v);
           }
         }
-      }
-      for (int i = size; i < box.pitch; ++i) {
-        for (int w = 0; w < to.words; w += kLanes) store_as(word_at(to, box.token(z, y, box.axis[2].begin + i), w), Vec{});
       }
     }
   }
@@ -111,13 +113,17 @@ bool pack_sum(GroupView<typename Math::Storage const> const& from, StreamBox con
   IntVec nonfinite = {};
   for (int z = slices.begin; z < slices.end; ++z) {
     for (int y = box.axis[1].begin; y < box.axis[1].end; ++y) {
-      int pair = box.token(z, y, box.axis[2].begin) / 2;
-      auto const* row = from.at(z, y, box.axis[2].begin);
-      for (int i = 0; i < box.pitch; i += 2, ++pair, row += 2 * from.step[2]) {
-        bool const has_odd = i + 1 < box.axis[2].size();
+      auto const* row = from.at(z, y, box.first);
+      int pair = box.token(z, y, box.first) / 2;
+      for (int x = box.first; x < box.first + box.pitch; x += 2, ++pair, row += 2 * from.step[2]) {
+        bool const has_even = box.axis[2].contains(x), has_odd = box.axis[2].contains(x + 1);
+        if (x + kPrefetchTokens + 1 < box.axis[2].end) {
+          prefetch_token(row + kPrefetchTokens * from.step[2], dim);
+          prefetch_token(row + (kPrefetchTokens + 1) * from.step[2], dim);
+        }
         for (int c = 0; c < dim; c += kLanes) {
-          int const n = min(dim - c, kLanes);
-          Vec const v = Math::interleave(row + c, has_odd ? row + from.step[2] + c : zeros, n);
+          Vec const v = Math::interleave(has_even ? row + c : zeros, has_odd ? row + from.step[2] + c : zeros,
+                                         min(dim - c, kLanes));
           nonfinite |= Math::is_nonfinite(v);
           store_as(word_at(to, pair, c), v);
         }

@@ -54,6 +54,21 @@ struct AxisIntervals {
   NATTEN_INLINE Interval operator[](int position) const { return of[position - first]; }
 };
 
+// Lanes that share a weighted sum: the union of what they take part in.
+struct LaneGroup {
+  Interval box[kMaxRank];
+  bool empty = true;
+
+  void add(LaneGroup const& other) {
+    if (other.empty) return;
+    for (int a = 0; a < kMaxRank; ++a) {
+      Interval const i = other.box[a];
+      box[a] = empty ? i : Interval{min(box[a].begin, i.begin), max(box[a].end, i.end)};
+    }
+    empty = false;
+  }
+};
+
 struct Tile {
   TileShape const& shape;
   Interval box[kMaxRank];               // its tokens; fewer than the shape at the end of an axis
@@ -63,6 +78,7 @@ struct Tile {
   UintVec size[kMaxRank];
   IntVec position[kMaxRank];            // of each lane's token
   std::uint32_t lanes = ~0u;            // bit set: there is a token
+  LaneGroup pair[kLanes / 2];           // of neighbouring lanes
 
   Tile(TileShape const& shape_, int const (&corner)[kMaxRank], Interval const (&block)[kMaxRank],
        AxisIntervals const (&intervals)[kMaxRank])
@@ -82,6 +98,7 @@ struct Tile {
         size[a] = here ? broadcast(std::uint32_t(interval[a][i].size())) : size[a];
       }
     }
+    fill_pairs();
   }
 
   // The same tokens against `n` tokens that all of them attend to.
@@ -94,25 +111,12 @@ struct Tile {
       for (int i = 0; i < shape.size[a]; ++i) all.interval[a][i] = i < box[a].size() ? everything[a] : Interval{};
       all.size[a] = size[a] != 0u ? broadcast(std::uint32_t(everything[a].size())) : UintVec{};
     }
+    all.fill_pairs();
     return all;
   }
 
   NATTEN_INLINE bool has(int lane) const { return (lanes >> lane) & 1u; }
   NATTEN_INLINE Interval lane_interval(int axis, int lane) const { return interval[axis][shape.place[axis][lane]]; }
-
-  // The union of the intervals of lanes [first, first + count); false if no lane holds a token.
-  NATTEN_INLINE bool group_box(int first, int count, Interval (&out)[kMaxRank]) const {
-    bool found = false;
-    for (int l = first; l < first + count; ++l) {
-      if (!has(l)) continue;
-      for (int a = 0; a < kMaxRank; ++a) {
-        Interval const i = lane_interval(a, l);
-        out[a] = found ? Interval{min(out[a].begin, i.begin), max(out[a].end, i.end)} : i;
-      }
-      found = true;
-    }
-    return found;
-  }
 
   // Lanes, from the first to the last, whose tokens may take part in stream row (z, y).
   NATTEN_INLINE Interval lanes_of_row(int z, int y) const {
@@ -137,6 +141,19 @@ struct Tile {
   }
 
  private:
+  void fill_pairs() {
+    for (int l = 0; l < kLanes; l += 2) {
+      pair[l / 2] = group_of(l);
+      pair[l / 2].add(group_of(l + 1));
+    }
+  }
+  NATTEN_INLINE LaneGroup group_of(int lane) const {
+    LaneGroup group;
+    group.empty = !has(lane);
+    for (int a = 0; a < kMaxRank; ++a) group.box[a] = lane_interval(a, lane);
+    return group;
+  }
+
   // Places on an axis whose intervals contain a stream position: neighbours, as intervals are monotone.
   NATTEN_INLINE Interval places_with(int axis, int position) const {
     int begin = 0;
@@ -168,7 +185,7 @@ void for_each_chunk(Tile const& tile, StreamBox const& box, int max_tokens, int 
     if (part[a].empty()) return;
   }
   // Whole words of the packed rows; what lies beyond the tile's part is masked, beyond the box zero.
-  int const first = box.axis[2].begin;
+  int const first = box.first;
   int const x_begin = first + (part[2].begin - first) / tokens_per_word * tokens_per_word;
   int const x_end = first + round_up(part[2].end - first, tokens_per_word);
   int width = x_end - x_begin;
@@ -288,46 +305,36 @@ void accumulate_chunk(Tile const& tile, Chunk const& chunk, PackedTensor<Math> c
     return;
   }
 
-  // The tokens of the chunk that a group of lanes takes part in: some of its rows, and the same words of each.
-  struct Part {
-    Interval box[kMaxRank];
-    Interval words;
-    bool empty;
+  // The words of each row that a group of lanes takes part in.
+  auto const words_of = [&](LaneGroup const& group) {
+    if (group.empty) return Interval{};
+    Interval const part = Interval{group.box[2].begin - chunk.x, group.box[2].end - chunk.x}.clipped_to({0, chunk.width});
+    return part.empty() ? Interval{} : Interval{part.begin / kTokens, ceil_div(part.end, kTokens)};
   };
-  auto const part_of = [&](int first, int count) {
-    Part part;
-    part.empty = !tile.group_box(first, count, part.box);
-    if (!part.empty) {
-      int const begin = max(part.box[2].begin - chunk.x, 0);
-      int const end = min(part.box[2].end - chunk.x, chunk.width);
-      part.words = {begin / kTokens, ceil_div(max(end, 0), kTokens)};
-      part.empty = part.words.empty();
-    }
-    return part;
+  auto const size_of = [&](LaneGroup const& group) {
+    return group.box[0].size() * group.box[1].size() * words_of(group).size();
   };
-  auto const size_of = [](Part const& part) {
-    return part.empty ? 0 : part.box[0].size() * part.box[1].size() * part.words.size();
-  };
-  auto const add = [&](Part const& part, int first, auto lanes_c) {
-    if (part.empty) return;
+  auto const add = [&](LaneGroup const& group, int first, auto lanes_c) {
+    Interval const part = words_of(group);
+    if (part.empty()) return;
     WeightedRow rows[kMaxChunkTokens];
     int n = 0;
     for (int r = 0; r < chunk.rows; ++r) {
-      if (!part.box[0].contains(chunk.z[r]) || !part.box[1].contains(chunk.y[r])) continue;
-      int const token = chunk.token[r] / kTokens + part.words.begin;
-      int const weight = r * chunk.width / kTokens + part.words.begin;
-      rows[n++] = {word_at(stream.sum, token, 0), words + weight * kLanes + first};
+      if (!group.box[0].contains(chunk.z[r]) || !group.box[1].contains(chunk.y[r])) continue;
+      rows[n++] = {stream.sum.data + std::int64_t{chunk.token[r] / kTokens + part.begin} * stream.sum.pitch,
+                   words + (r * chunk.width / kTokens + part.begin) * kLanes + first};
     }
     accumulate_channels<Math, decltype(lanes_c)::value, /*kMemberStep=*/1, /*kWordStep=*/kLanes>(
-        rows, n, part.words.size(), stream.sum, stream.dim, out + first * out_stride, out_stride);
+        rows, n, part.size(), stream.sum, stream.dim, out + first * out_stride, out_stride);
   };
 
   // Two pairs do the work of a four in less arithmetic, but at 6 loads for 8 FMAs instead of 8 for 16.
   for (int l = 0; l < kLanes; l += kMaxGroupLanes) {
-    Part const first = part_of(l, 2);
+    LaneGroup const& first = tile.pair[l / 2];
     if constexpr (kMaxGroupLanes == 4) {
-      Part const second = part_of(l + 2, 2);
-      Part const four = part_of(l, 4);
+      LaneGroup const& second = tile.pair[l / 2 + 1];
+      LaneGroup four = first;
+      four.add(second);
       if (100 * 2 * size_of(four) <= kPairPenalty * (size_of(first) + size_of(second))) {
         add(four, l, std::integral_constant<int, 4>{});
         continue;
