@@ -15,10 +15,11 @@
 namespace natten::cpu::NATTEN_CPU_ISA {
 
 // Grids of rank 2 arrive with an axis of extent 1 in front. The walk along the first axis wants it to be a real one; the
-// layout of the bias table does not notice.
+// layout of the bias table does not notice, as long as the kernel size is 1 too.
 template <class... Tensors>
 void put_walk_axis_first(Problem& problem, Tensors&... tensors) {
-  if (problem.axes[0].extent > 1 || problem.axes[1].extent == 1) return;
+  Axis const& first = problem.axes[0];
+  if (first.extent > 1 || first.kernel_size > 1 || problem.axes[1].extent == 1) return;
   auto const swap = [](auto& a, auto& b) {
     auto const t = a;
     a = b;
