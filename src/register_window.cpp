@@ -39,12 +39,16 @@ namespace {
 
 using Fields = std::vector<int>;
 
-Axis checked_axis(Fields const& fields) {
+Axis axis_of(Fields const& fields) {
   if (fields.size() != kAxisFields) {
     throw std::invalid_argument("an axis is " + std::to_string(kAxisFields) + " integers, not " +
                                 std::to_string(fields.size()));
   }
-  Axis const axis = make_axis(fields.data());
+  return make_axis(fields.data());
+}
+
+Axis checked_axis(Fields const& fields) {
+  Axis const axis = axis_of(fields);
   check(axis, 0);
   return axis;
 }
@@ -73,9 +77,9 @@ std::vector<std::tuple<int, int, int>> inverse_windows(Fields const& fields) {
 }
 
 std::tuple<int, int> valid_queries(Fields const& fields) {
-  // Not checked: this is how to learn which box of queries the axis may have.
-  if (fields.size() != kAxisFields) throw std::invalid_argument("an axis is 11 integers");
-  Interval const tokens = make_axis(fields.data()).valid_queries();
+  Axis const axis = axis_of(fields);
+  check_numbers(axis, 0);  // the boxes are still to be found: with this
+  Interval const tokens = axis.valid_queries();
   return {tokens.begin, tokens.end};
 }
 

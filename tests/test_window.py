@@ -271,8 +271,9 @@ def test_shifted_windows(size: int, shift: int) -> None:
         (Axis(8, 3, queries=(4, 9)), r"query_origin\[0\] = 4 .* leave the grid"),
         (Axis(8, 3, keys=(-1, 8)), r"key_origin\[0\] = -1 .* leave the grid"),
         (Axis(8, 3, keys=(0, 6)), r"axis 0 .* reach from token 0 to token 7 .* tokens 0 to 5"),
-        (Axis(2**30, 3), "too large"),
-        (Axis(8, 3, stride=2, offset=2**30), "too large"),
+        (Axis(2**30, 3), r"extent\[0\] = 1073741824 exceeds 2\^29"),
+        (Axis(8, 3, stride=2, offset=2**30), r"offset\[0\] = 1073741824 is beyond 2\^29"),
+        (Axis(8, 2**16, dilation=2**16, boundary="mask"), r"dilation\[0\] = 65536 exceeds 2\^29"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

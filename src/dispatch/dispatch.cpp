@@ -23,46 +23,50 @@ void require(bool condition, std::string const& message) {
 
 std::string with_value(std::string const& name, std::int64_t value) { return name + " = " + std::to_string(value); }
 
+std::string indexed(char const* field, int index, int value) {
+  return with_value(std::string(field) + "[" + std::to_string(index) + "]", value);
+}
+
 }  // namespace
 
-void check(Axis const& axis, int index) {
-  auto const name = [&](char const* field, int value) {
-    return with_value(std::string(field) + "[" + std::to_string(index) + "]", value);
-  };
+void check_numbers(Axis const& axis, int index) {
+  auto const name = [&](char const* field, int value) { return indexed(field, index, value); };
   require(axis.extent >= 0, name("extent", axis.extent) + " must not be negative");
   require(axis.kernel_size >= 1, name("kernel_size", axis.kernel_size) + " must be at least 1");
   require(axis.dilation >= 1, name("dilation", axis.dilation) + " must be at least 1");
   require(1 <= axis.stride && axis.stride <= axis.kernel_size,
           name("stride", axis.stride) + " must lie between 1 and " + name("kernel_size", axis.kernel_size));
-  require(axis.boundary != Boundary::kShift || axis.extent == 0 ||
-              std::int64_t{axis.kernel_size} * axis.dilation <= axis.extent,
+  // Positions are int: the grid, a window beyond its ends and an offset must not overflow together.
+  constexpr std::int64_t kLargest = 1 << 29;
+  std::int64_t const reach = std::int64_t{axis.kernel_size} * axis.dilation;
+  require(axis.extent <= kLargest, name("extent", axis.extent) + " exceeds 2^29");
+  require(reach <= kLargest,
+          name("kernel_size", axis.kernel_size) + " times " + name("dilation", axis.dilation) + " exceeds 2^29");
+  require(-kLargest <= axis.offset && axis.offset <= kLargest, name("offset", axis.offset) + " is beyond 2^29");
+
+  require(axis.boundary != Boundary::kShift || axis.extent == 0 || reach <= axis.extent,
           name("kernel_size", axis.kernel_size) + " times " + name("dilation", axis.dilation) + " exceeds " +
               name("extent", axis.extent) + "; use a smaller window, or another boundary than 'shift'");
   require(axis.boundary != Boundary::kValid || (axis.stride == 1 && !axis.is_causal),
           "boundary 'valid' on axis " + std::to_string(index) + " wants stride 1 and no causality");
-  // Positions are int: the grid, a window beyond its ends and an offset must not overflow together.
-  constexpr int kLargest = 1 << 29;
-  for (int number : {axis.extent, axis.kernel_size, axis.dilation}) {
-    require(number <= kLargest, name("axis", number) + " is too large");
-  }
-  require(-kLargest <= axis.offset && axis.offset <= kLargest, name("offset", axis.offset) + " is too large");
+}
 
-  auto const box_is_inside = [&](int origin, int extent) {
-    return origin >= 0 && extent >= 0 && extent <= axis.extent && origin <= axis.extent - extent;
+void check(Axis const& axis, int index) {
+  check_numbers(axis, index);
+  auto const check_box = [&](char const* field, int origin, int size) {
+    require(origin >= 0 && size >= 0 && size <= axis.extent && origin <= axis.extent - size,
+            indexed(field, index, origin) + " and " + std::to_string(size) + " tokens from there leave the grid, of " +
+                indexed("extent", index, axis.extent));
   };
-  require(box_is_inside(axis.query_origin, axis.query_extent),
-          name("query_origin", axis.query_origin) + " and a query extent of " + std::to_string(axis.query_extent) +
-              " leave the grid, of " + name("extent", axis.extent));
-  require(box_is_inside(axis.key_origin, axis.key_extent),
-          name("key_origin", axis.key_origin) + " and a key extent of " + std::to_string(axis.key_extent) +
-              " leave the grid, of " + name("extent", axis.extent));
+  check_box("query_origin", axis.query_origin, axis.query_extent);
+  check_box("key_origin", axis.key_origin, axis.key_extent);
+  // A window as wide as the grid means "all keys there are": dense attention with more queries than keys.
+  if (axis.kernel_size == axis.extent) return;
   for (int g = 0; g < axis.groups(); ++g) {
     Group const group = axis.group(g);
-    // A window as wide as the grid means "all keys there are": dense attention with more queries than keys.
-    if (axis.kernel_size == axis.extent || group.keys_suffice()) continue;
-    int const d = axis.dilation;
-    int const first = group.grid_window(group.queries.begin).begin * d + g;
-    int const last = (group.grid_window(group.queries.end - 1).end - 1) * d + g;
+    if (group.keys_suffice()) continue;
+    int const first = group.grid_window(group.queries.begin).begin * axis.dilation + g;
+    int const last = (group.grid_window(group.queries.end - 1).end - 1) * axis.dilation + g;
     throw std::invalid_argument("on axis " + std::to_string(index) + " the windows of the queries reach from token " +
                                 std::to_string(first) + " to token " + std::to_string(last) +
                                 " of the grid, but the keys hold only tokens " + std::to_string(axis.key_origin) +

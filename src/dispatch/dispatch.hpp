@@ -9,7 +9,9 @@
 
 namespace natten {
 
-// Throws std::invalid_argument for what no kernel may be called with: it would read out of bounds.
+// Throw std::invalid_argument for what no kernel may be called with: it would read out of bounds. `check_numbers` looks at
+// no box.
+void check_numbers(Axis const& axis, int index);
 void check(Axis const& axis, int index);
 void check(Problem const& problem);
 
