@@ -121,8 +121,10 @@ class Forward {
       missing[l] = all - present;
     }
     Vec const before = load_vec(state);
-    Vec const base = raise_max(state, before, missing > 0.0f ? maximum(before, Vec{}) : before);
-    store_vec(state + kLanes, load_vec(state + kLanes) + missing * exp2(-base));
+    IntVec const is_missing = missing > 0.0f;
+    Vec const base = raise_max(state, before, is_missing ? maximum(before, Vec{}) : before);
+    // Elsewhere exp2(-base) may be infinite, and 0 times that NaN.
+    store_vec(state + kLanes, load_vec(state + kLanes) + (is_missing ? missing * exp2(-base) : Vec{}));
   }
 
   Problem const& problem_;
