@@ -100,6 +100,12 @@ def _kernel(
     )
 
 
+def _nothing_to_do(operands: Operands) -> bool:
+    """No queries, or no keys at all (dense attention to an empty sequence)."""
+    no_keys = operands.key.numel() == 0 and operands.additional_keys is None
+    return no_keys or operands.query.numel() == 0
+
+
 def _resolve(backend: str, query: Tensor) -> str:
     if backend == _dispatch.IN_FORCE:
         backend = _dispatch.backend_in_force()
@@ -134,8 +140,8 @@ def _forward(
         return reference.forward(operands, flat_axes, scale)
     problem, kernel = _kernel("forward", backend, operands, flat_axes, scale)
     output, lse = _empty_output(query, value)
-    if lse.numel() == 0:
-        return output, lse
+    if _nothing_to_do(operands):
+        return output.zero_(), lse.fill_(-math.inf)
     query, key, value = _readable(query), _readable(key), _readable(value)
     more_keys = more_values = _ABSENT
     if (
@@ -210,7 +216,7 @@ def _backward(
                 gradient.copy_(result)
         return gradients
     problem, kernel = _kernel("backward", backend, operands, flat_axes, scale)
-    if lse.numel() == 0:
+    if _nothing_to_do(operands):
         for gradient in gradients:
             gradient.zero_()
         return gradients
