@@ -212,7 +212,9 @@ def test_poison_stays_where_it_belongs(poison, which, row):
         (forward, forward, queries, keys, keys),
         strict=True,
     ):
-        assert torch.equal(before[~may], after[~may]), f"{which} leaks into {name}"
+        # The fused kernels sum in another order where they meet a NaN: equal but for rounding.
+        rounding = 4 * torch.finfo(before.dtype).eps * before[before.isfinite()].abs().max().item()
+        oracle.assert_close(after[~may], before[~may].double(), rounding, f"{name} beside {which}")
     if which == "value":
         assert not dirty[0][queries][..., 3].isfinite().any()
 
