@@ -13,16 +13,20 @@ namespace natten::cpu::NATTEN_CPU_ISA {
 // query of every dilation group attends to.
 enum class KeySource { kWindow, kAdditional };
 
-// dQ / scale of all queries of a dilation group.
+// dQ / scale of the queries of a dilation group. Where the group's keys are one item, only of those that a step has to do
+// with: slices along the first axis lie in a ring, as those of the stream do, a slice that comes into reach is zeroed, and
+// one that leaves it is done and stored.
 struct QuerySums {
-  float* data = nullptr;  // [position][row]
+  float* data = nullptr;  // [slice][position on the other axes][row]
   Interval box[kMaxRank];
+  int ring = 1;
   int row = 0;
 
   explicit operator bool() const { return data != nullptr; }
-  std::int64_t floats() const { return std::int64_t{box[0].size()} * box[1].size() * box[2].size() * row; }
+  std::int64_t slice_floats() const { return std::int64_t{box[1].size()} * box[2].size() * row; }
+  std::int64_t floats() const { return ring * slice_floats(); }
   float* at(int z, int y, int x) const {
-    std::int64_t const line = std::int64_t{z - box[0].begin} * box[1].size() + (y - box[1].begin);
+    std::int64_t const line = std::int64_t{(z - box[0].begin) % ring} * box[1].size() + (y - box[1].begin);
     return data + (line * box[2].size() + (x - box[2].begin)) * row;
   }
 };
@@ -65,18 +69,24 @@ class GradKeyValue {
     });
   }
 
-  // Whether there is a unit for every thread, and room for the sums.
+  // Whether there is a unit for every thread, there is room for its sums, and they reach every query.
   bool can_run_with_query() const {
-    std::int64_t queries = 1;
-    for (Axis const& axis : problem_.axes) queries *= axis.group(0).queries.size();
+    if (problem_.additional_keys > 0) return false;
+    for (Axis const& axis : problem_.axes) {
+      for (int g = 0; g < axis.groups(); ++g) {
+        Group const group = axis.group(g);
+        if (group.keys.empty() || !group.queries_of(group.keys).contains(group.queries)) return false;
+      }
+    }
+    Schedule::Item const item = schedule_.item(tiles_, 0);
+    std::int64_t const sums = problem_.group_size() * sums_of(item, Walk(schedule_, item, Math::kPerWord)).floats();
     std::int64_t const units = problem_.batch * problem_.heads_kv * schedule_.groups_per_head();
     std::int64_t const threads = arguments_.num_threads;
-    return problem_.additional_keys == 0 && queries * problem_.group_size() * row_k_ * 4 <= kQuerySumBytes &&
-           (units % threads == 0 || units >= kItemsPerThread * threads);
+    return 4 * sums <= kQuerySumBytes && (units % threads == 0 || units >= kItemsPerThread * threads);
   }
 
  private:
-  static constexpr std::int64_t kQuerySumBytes = 4 << 20;
+  static constexpr std::int64_t kQuerySumBytes = 3 << 20;
 
   // The additional keys as a problem of their own.
   static Problem line_of(Problem const& problem) {
@@ -131,38 +141,58 @@ class GradKeyValue {
                                          : additional_view<T>(additional, item.batch, item.head_kv);
   }
 
-  void run_unit(std::int64_t unit, float* d_bias) const {
-    std::int64_t const first = unit * schedule_.blocks_per_group();
+  bool is_one_item() const { return schedule_.blocks_per_group() == 1; }
+
+  QuerySums sums_of(Schedule::Item const& item, Walk const& walk) const {
     QuerySums sums;
     sums.row = row_k_;
-    for (int a = 0; a < kMaxRank; ++a) sums.box[a] = schedule_.item(tiles_, first).groups[a].queries;
+    for (int a = 0; a < kMaxRank; ++a) sums.box[a] = item.groups[a].queries;
+    sums.ring = is_one_item() ? walk.ring() : max(1, sums.box[0].size());
+    return sums;
+  }
 
+  void run_unit(std::int64_t unit, float* d_bias) const {
+    std::int64_t const first = unit * schedule_.blocks_per_group();
+    auto const for_each_item_of_unit = [&](auto const& use) {
+      for (std::int64_t i = first; i < first + schedule_.blocks_per_group(); ++i) {
+        Schedule::Item const item = schedule_.item(tiles_, i);
+        if (!item.empty) use(item, Walk(schedule_, item, Math::kPerWord));
+      }
+    };
+    QuerySums sums;
     std::int64_t bytes = 0;
-    for (std::int64_t i = first; i < first + schedule_.blocks_per_group(); ++i) {
-      Schedule::Item const item = schedule_.item(tiles_, i);
-      Walk const walk(schedule_, item, Math::kPerWord);
+    for_each_item_of_unit([&](Schedule::Item const& item, Walk const& walk) {
+      sums = sums_of(item, walk);
       Arena counter(nullptr);
       counter.take<float>(problem_.group_size() * sums.floats());
       take_memory(counter, walk);
       bytes = counter.used() > bytes ? counter.used() : bytes;
-    }
+    });
+    if (bytes == 0) return;
     void* const workspace = thread_workspace(bytes);
-    for (std::int64_t i = first; i < first + schedule_.blocks_per_group(); ++i) {
-      Schedule::Item const item = schedule_.item(tiles_, i);
-      Walk const walk(schedule_, item, Math::kPerWord);
+    sums.data = static_cast<float*>(workspace);
+    if (!is_one_item()) clear_sums(sums, sums.box[0]);
+    for_each_item_of_unit([&](Schedule::Item const& item, Walk const& walk) {
       Arena arena(workspace);
-      sums.data = arena.take<float>(problem_.group_size() * sums.floats());
-      if (i == first) std::memset(sums.data, 0, sizeof(float) * problem_.group_size() * sums.floats());
-      if (!item.empty) run_item(item, walk, take_memory(arena, walk), sums, d_bias);
-    }
-    store_query_gradient(schedule_.item(tiles_, first), sums);
+      arena.take<float>(problem_.group_size() * sums.floats());
+      run_item(item, walk, take_memory(arena, walk), sums, d_bias);
+    });
+    if (!is_one_item()) store_sums(schedule_.item(tiles_, first), sums, sums.box[0]);
   }
 
-  void store_query_gradient(Schedule::Item const& item, QuerySums sums) const {
+  void clear_sums(QuerySums sums, Interval slices) const {
+    for (int h = 0; h < problem_.group_size(); ++h, sums.data += sums.floats()) {
+      for (int z = slices.begin; z < slices.end; ++z) {
+        std::memset(sums.at(z, sums.box[1].begin, sums.box[2].begin), 0, sizeof(float) * sums.slice_floats());
+      }
+    }
+  }
+
+  void store_sums(Schedule::Item const& item, QuerySums sums, Interval slices) const {
     for (int h = 0; h < problem_.group_size(); ++h, sums.data += sums.floats()) {
       auto const d_query = query_view<Storage>(problem_, arguments_.d_query, item.groups, item.batch,
                                                item.head_kv * problem_.group_size() + h);
-      for (int z = sums.box[0].begin; z < sums.box[0].end; ++z) {
+      for (int z = slices.begin; z < slices.end; ++z) {
         for (int y = sums.box[1].begin; y < sums.box[1].end; ++y) {
           for (int x = sums.box[2].begin; x < sums.box[2].end; ++x) {
             store_row(d_query.at(z, y, x), sums.at(z, y, x), static_cast<float>(problem_.scale), problem_.head_dim);
@@ -178,8 +208,15 @@ class GradKeyValue {
     AxisIntervals intervals[kMaxRank];
     if (source_ == KeySource::kWindow) fill_intervals(item, Side::kKey, memory.intervals, intervals);
     bool ring_nonfinite = false;
+    Interval in_reach = {sums.box[0].begin, sums.box[0].begin};  // slices of the query whose sums are in the ring
 
     walk.for_each_step([&](Interval const(&block)[kMaxRank]) {
+      if (sums && is_one_item()) {
+        Interval const next = walk.slices_of(block);
+        store_sums(item, sums, {in_reach.begin, next.begin});
+        clear_sums(sums, {in_reach.end, next.end});
+        in_reach = next;
+      }
       auto const state_of = [&](int tile) { return memory.states + (one_piece ? 0 : tile) * state_floats(); };
       auto const clear = [&](float* state) { std::memset(state, 0, sizeof(float) * state_floats()); };
       if (!one_piece) {
@@ -229,6 +266,7 @@ class GradKeyValue {
         finish(item, Tile(schedule_.tile, corner, block, intervals), state_of(tile_index));
       });
     });
+    if (sums && is_one_item()) store_sums(item, sums, in_reach);
   }
 
   template <class Visit>

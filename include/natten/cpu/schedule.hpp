@@ -216,7 +216,7 @@ class Walk {
       : schedule_(schedule), item_(item), tokens_per_word_(tokens_per_word) {
     for (int a = 0; a < kMaxRank; ++a) stream_[a] = stream_of(item.groups[a], schedule.side, item.block[a]);
     for_each_step([&](Interval const(&block)[kMaxRank]) {
-      ring_ = max(ring_, stream_of(item_.groups[0], schedule_.side, block[0]).size());
+      ring_ = max(ring_, slices_of(block).size());
     });
     // Words begin where windows in the middle of the axis do: else most windows would stick out by a token at both ends.
     int const middle = item.block[2].begin + item.block[2].size() / schedule.tile.size[2] / 2 * schedule.tile.size[2];
@@ -229,6 +229,12 @@ class Walk {
   }
 
   bool is_ring() const { return is_ring_; }
+  // The longest stream of a step, in slices along the first axis.
+  int ring() const { return ring_; }
+  // The stream of a step along the first axis.
+  Interval slices_of(Interval const (&block)[kMaxRank]) const {
+    return stream_of(item_.groups[0], schedule_.side, block[0]);
+  }
   // Tokens that have to be packed at a time.
   std::int64_t capacity() const { return capacity_; }
 
@@ -243,7 +249,7 @@ class Walk {
   // visit(box, slices): `slices` of the box are to be packed before it is used, the others are there if `keeps_ring`.
   template <class Visit>
   void for_each_stream_piece(Interval const (&block)[kMaxRank], bool keeps_ring, Visit const& visit) const {
-    Interval const box[kMaxRank] = {stream_of(item_.groups[0], schedule_.side, block[0]), stream_[1], stream_[2]};
+    Interval const box[kMaxRank] = {slices_of(block), stream_[1], stream_[2]};
     if (box[0].empty() || box[1].empty() || box[2].empty()) return;
     if (!is_ring_) {
       for_each_piece(box, capacity_, tokens_per_word_, [&](StreamBox const& piece) { visit(piece, piece.axis[0]); });
