@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: MIT
+"""Problems too large for one packed stream: what is cut into pieces, blocks and threads fits together again.
+
+Head dim 512 makes a token so large that this happens with few of them. Oracle: the naive kernels.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import natten
+
+CASES = {
+    # The window alone is larger than what is packed at a time: pieces, with a state per tile.
+    "pieces-1d": {"grid": (1500,), "kernel_size": 1200},
+    "pieces-1d-causal": {"grid": (1500,), "kernel_size": 1300, "is_causal": True},
+    "pieces-2d": {"grid": (36, 37), "kernel_size": 33},
+    # One slice of tiles needs a stream that is too wide: cut across the walk.
+    "blocks-3d": {"grid": (4, 20, 21), "kernel_size": (3, 9, 8)},
+    "blocks-2d": {"grid": (9, 300), "kernel_size": (7, 9), "dilation": (1, 2)},
+    # A ring that turns round many times.
+    "ring-2d": {"grid": (90, 12), "kernel_size": (9, 5), "stride": (2, 1)},
+    "ring-2d-mask": {"grid": (90, 12), "kernel_size": (9, 5), "boundary": "mask"},
+    # Additional tokens that stay packed, and so many that they come in pieces.
+    "additional": {"grid": (20, 20), "kernel_size": 7, "additional": 40},
+    "additional-pieces": {"grid": (12, 13), "kernel_size": 5, "additional": 900},
+    "gqa": {"grid": (24, 24), "kernel_size": 7, "heads": 4, "heads_kv": 1},
+}
+
+
+@pytest.fixture(autouse=True)
+def _restore_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_as_naive(name, dtype, threads):
+    case = dict(CASES[name])
+    grid = case.pop("grid")
+    heads, heads_kv = case.pop("heads", 1), case.pop("heads_kv", 1)
+    additional = case.pop("additional", 0)
+    head_dim = 512
+    torch.manual_seed(sum(grid))
+
+    def normal(*shape):
+        return torch.randn(shape).to(dtype).requires_grad_()
+
+    query, key, value = (normal(1, *grid, h, head_dim) for h in (heads, heads_kv, heads_kv))
+    more = [normal(1, additional, heads_kv, head_dim) for _ in range(2 if additional else 0)]
+    names = ["query", "key", "value", "additional_keys", "additional_values"]
+    inputs = dict(zip(names, [query, key, value, *more], strict=False))
+    cotangents = torch.randn(1, *grid, heads, head_dim).to(dtype), torch.randn(1, *grid, heads)
+
+    def run(backend):
+        output, lse = natten.neighborhood_attention_generic(
+            **inputs, **case, backend=backend, return_lse=True
+        )
+        gradients = torch.autograd.grad((output, lse), list(inputs.values()), cotangents)
+        return dict(zip(["output", "lse", *inputs], [output, lse, *gradients], strict=True))
+
+    torch.set_num_threads(2)
+    expected = run("naive")
+    torch.set_num_threads(threads)
+    actual = run("fna")
+    # Weights and their gradients are rounded to bfloat16 where the kernel multiplies in it.
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+    for what, value in expected.items():
+        scale = value.detach().abs().max().item()
+        error = (actual[what].float() - value.float()).abs().max().item()
+        assert error <= tolerance * scale, f"{what}: off by {error:.3g} of {scale:.3g}"
