@@ -130,6 +130,7 @@ WRONG_ARGUMENTS = {
         {"kernel_size": 3, "additional_values": QUERY[:, 0]},
         r"additional_keys = None",
     ),
+    "scale": ({"kernel_size": 3, "scale": "1"}, r"scale = '1'; wanted a number"),
     "backend": (
         {"kernel_size": 3, "backend": "cuda"},
         r"backend = 'cuda'; wanted one of 'auto', 'fna'",
@@ -234,6 +235,19 @@ def test_scale_of_zero_is_zero():
     query, key, value = tensors(1, 9, 1, 4)
     output = natten.na1d(query, key, value, 9, scale=0.0)
     assert torch.allclose(output, value.mean(1, keepdim=True).expand_as(output), atol=1e-6)
+
+
+def test_numbers_in_tensors_are_read_at_every_call():
+    query, key, value = tensors(1, 9, 1, 4)
+    scale, size = torch.tensor(0.5), torch.tensor(3)
+    assert torch.equal(
+        natten.na1d(query, key, value, size, scale=scale), natten.na1d(query, key, value, 3)
+    )
+    scale.fill_(2.0)
+    size.fill_(5)
+    expected = natten.na1d(query, key, value, 5, scale=2.0)
+    assert torch.equal(natten.na1d(query, key, value, size, scale=scale), expected)
+    assert torch.equal(natten.na1d(query, key, value, [size], scale=scale), expected)
 
 
 def test_default_scale():

@@ -21,8 +21,8 @@ def as_function(problem: Problem):
         settings = {"grid": None, "query_origin": None, "key_origin": None, **problem.arguments()}
         normalized = normalize(operands.describe(), None, **settings)
         query = operands.query
-        for dim, axis in enumerate(normalized.axes):
-            query = query.narrow(dim + 1, normalized.skipped[dim], axis.query_extent)
+        for dim, start, length in normalized.narrowing:
+            query = query.narrow(dim, start, length)
         return reference.forward(
             operands._replace(query=query), normalized.flat_axes, normalized.scale
         )

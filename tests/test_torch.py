@@ -369,6 +369,18 @@ def test_compile_for_every_grid_at_once(counter):
     assert counter.frame_count <= 2
 
 
+def test_compile_with_numbers_as_inputs(counter):
+    compiled = torch.compile(
+        lambda x, kernel_size, scale: natten.na1d(x, x, x, kernel_size, scale=scale),
+        fullgraph=True,
+        backend=counter,
+    )
+    x = torch.randn(1, 12, 2, 8)
+    for kernel_size, scale in ((3, 0.5), (4, 0.25), (5, 1.5)):
+        expected = natten.na1d(x, x, x, kernel_size, scale=scale)
+        oracle.assert_close(compiled(x, kernel_size, scale), expected, 1e-6)
+
+
 def test_compile_attention_and_merge(counter):
     def function(query, key, value):
         parts = [

@@ -29,10 +29,18 @@ class _PerAxis(NamedTuple):
     types: tuple[type, ...]
 
 
+_NOT_A_KEY = frozenset((list, tuple, Tensor))
+
+
 def _key(argument: Any) -> Any:
-    if isinstance(argument, (list, tuple)):
-        return _PerAxis(tuple(argument), tuple(map(type, argument)))
-    return argument
+    if type(argument) in (list, tuple):
+        types = tuple(map(type, argument))
+        if Tensor not in types:
+            return _PerAxis(tuple(argument), types)
+    elif type(argument) is not Tensor:
+        return argument
+    message = "tensors are hashed by identity, and their numbers may change"
+    raise TypeError(message)
 
 
 def _value(key: Any) -> Any:
@@ -64,20 +72,20 @@ def _plan(
         problem = normalizer(infos, *arguments)
         return Plan(problem, _dispatch.select_in_graph(problem, needs_grad, backend))
     name = _dispatch.backend_in_force() if backend is None else _dispatch.canonical(backend)
-    key = (normalizer, needs_grad, name, _dispatch.forced_isa(), infos, *map(_key, arguments))
+    isa = _dispatch.forced_isa()
     try:
-        return _cached_plan(*key)
-    except TypeError:  # Something in the key cannot be hashed: a symbolic size, an array.
-        return _cached_plan.__wrapped__(*key)
+        keys = arguments if _NOT_A_KEY.isdisjoint(map(type, arguments)) else map(_key, arguments)
+        return _cached_plan(normalizer, needs_grad, name, isa, infos, *keys)
+    except TypeError:  # Something cannot be hashed: a symbolic size, an array, a tensor.
+        return _cached_plan.__wrapped__(normalizer, needs_grad, name, isa, infos, *arguments)
 
 
 def _needs_grad(operands: Operands) -> bool:
     if not torch.is_grad_enabled():
         return False
-    if (
-        torch.compiler.is_compiling()
-    ):  # It cannot trace what takes a tenth of the time in eager mode.
+    if torch.compiler.is_compiling():
         return any(tensor is not None and tensor.requires_grad for tensor in operands)
+    # The same, in a tenth of the time; nothing that can be traced.
     return torch._C._any_requires_grad(*operands)
 
 
@@ -102,12 +110,8 @@ def _autocast(operands: Operands) -> Operands:
 
 def _run(plan: Plan, operands: Operands) -> tuple[Tensor, Tensor]:
     problem = plan.problem
-    query = operands.query
-    for dim, axis in enumerate(problem.axes, start=1):
-        if axis.query_extent != query.shape[dim]:
-            query = query.narrow(dim, problem.skipped[dim - 1], axis.query_extent)
-    if query is not operands.query:
-        operands = operands._replace(query=query)
+    for dim, start, length in problem.narrowing:
+        operands = operands._replace(query=operands.query.narrow(dim, start, length))
     if plan.backend == "flex":
         return _flex.forward(operands, problem.flat_axes, problem.scale)
     if operands.rpb is not None:
@@ -119,7 +123,8 @@ def neighborhood(
     rank: int | None, backend: str | None, operands: Operands, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE of neighborhood attention. `arguments` are those of `normalize`, from kernel_size on."""
-    operands = _autocast(operands)
+    if torch._C._is_any_autocast_enabled():
+        operands = _autocast(operands)
     return _run(_plan(normalize, operands, (rank, *arguments), backend), operands)
 
 
@@ -127,7 +132,8 @@ def dense(
     backend: str | None, operands: Operands, is_causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE of dense attention."""
-    operands = _autocast(operands)
+    if torch._C._is_any_autocast_enabled():
+        operands = _autocast(operands)
     return _run(_plan(normalize_dense, operands, (is_causal, scale), backend), operands)
 
 

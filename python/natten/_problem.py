@@ -103,7 +103,7 @@ class Problem:
 
     Attributes:
         axes: The grid, outermost axis first. The query box is that of the tokens which really are queries.
-        skipped: Per axis, how many tokens of the query tensor come before the first query (boundary "valid").
+        narrowing: Dim, start and length of the query tensor's part that holds queries; for boundary "valid" only.
         additional_keys: Dense keys that every query attends to.
         flat_axes: The numbers of `axes` in one row.
     """
@@ -111,7 +111,7 @@ class Problem:
     dtype: torch.dtype
     device: torch.device
     axes: tuple[Axis, ...]
-    skipped: tuple[int, ...]
+    narrowing: tuple[tuple[int, int, int], ...]
     batch: int
     heads: int
     heads_kv: int
@@ -218,7 +218,7 @@ def _check_tensors(
         head_dim=head_dim,
         head_dim_value=value.shape[-1],
         additional_keys=count,
-        scale=head_dim**-0.5 if scale is None else float(scale),
+        scale=head_dim**-0.5 if scale is None else _number("scale", scale),
     )
 
 
@@ -228,6 +228,14 @@ def _integer(name: str, value: Any) -> int:
     if not isinstance(value, bool) and hasattr(value, "__index__"):
         return operator.index(value)
     reject(name, repr(value), "an integer")
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, bool) and hasattr(value, "__float__"):
+        return float(value)
+    reject(name, repr(value), "a number")
 
 
 def _boolean(name: str, value: Any) -> bool:
@@ -486,8 +494,10 @@ def _problem(
         dtype=query.dtype,
         device=query.device,
         axes=axes,
-        skipped=tuple(
-            axis.query_origin - origin for axis, origin in zip(axes, query_origins, strict=True)
+        narrowing=tuple(
+            (dim, axis.query_origin - origin, axis.query_extent)
+            for dim, (axis, origin) in enumerate(zip(axes, query_origins, strict=True), start=1)
+            if axis.boundary == _VALID
         ),
         batch=common.batch,
         heads=common.heads,
