@@ -94,7 +94,8 @@ struct Group {
     int low = queries.begin, high = queries.end;
     while (low < high) {
       int middle = low + (high - low) / 2;
-      if (window(middle).end > j) high = middle; else low = middle + 1;
+      if (window(middle).end > j) high = middle;
+      else low = middle + 1;
     }
     return low;
   }
@@ -102,7 +103,8 @@ struct Group {
     int low = queries.begin, high = queries.end;
     while (low < high) {
       int middle = low + (high - low) / 2;
-      if (window(middle).begin > j) high = middle; else low = middle + 1;
+      if (window(middle).begin > j) high = middle;
+      else low = middle + 1;
     }
     return low;
   }

@@ -11,8 +11,9 @@ template <class Storage>
 void fna_backward(BackwardArguments const& original) {
   using Math = typename MathFor<Storage>::Type;
   BackwardArguments arguments = original;
-  put_walk_axis_first(arguments.problem, arguments.query, arguments.key, arguments.value, arguments.output, arguments.lse,
-                      arguments.d_output, arguments.d_lse, arguments.d_query, arguments.d_key, arguments.d_value);
+  put_walk_axis_first(arguments.problem, arguments.query, arguments.key, arguments.value, arguments.output,
+                      arguments.lse, arguments.d_output, arguments.d_lse, arguments.d_query, arguments.d_key,
+                      arguments.d_value);
 
   GradKeyValue<Math> const whole_heads(arguments, KeySource::kWindow, /*num_threads=*/1);
   if (whole_heads.can_run_with_query()) {

@@ -128,8 +128,8 @@ class Forward {
   }
 
   Problem const& problem_;
-  int row_;      // floats of a lane's output
-  Vec* lanes_ = nullptr;   // [word][lane] of the tile's queries
+  int row_;  // floats of a lane's output
+  Vec* lanes_ = nullptr;  // [word][lane] of the tile's queries
   Vec* scores_ = nullptr;  // [token][lane]
 };
 
@@ -137,7 +137,8 @@ template <class Storage>
 void fna_forward(ForwardArguments const& original) {
   using Math = typename MathFor<Storage>::Type;
   ForwardArguments arguments = original;
-  put_walk_axis_first(arguments.problem, arguments.query, arguments.key, arguments.value, arguments.output, arguments.lse);
+  put_walk_axis_first(arguments.problem, arguments.query, arguments.key, arguments.value, arguments.output,
+                      arguments.lse);
   Forward<Math> const prototype(arguments);
   QueryBlocks<Math> const blocks(arguments.problem, prototype.state_floats(), arguments.num_threads);
   for_each_item(blocks.items(), arguments.num_threads, [&](std::int64_t i) {

@@ -86,7 +86,7 @@ class GradKeyValue {
   }
 
  private:
-  static constexpr std::int64_t kQuerySumBytes = 3 << 20;
+  static constexpr std::int64_t kQuerySumBytes = (5 << 20) / 2;
 
   // The additional keys as a problem of their own.
   static Problem line_of(Problem const& problem) {
@@ -103,10 +103,10 @@ class GradKeyValue {
     Interval* intervals;
     Word* packed;
     QueryStats* stats;  // [packed token]
-    Vec* key_lanes;     // [word][lane]
-    Vec* value_lanes;   // [word][lane]
-    Word* key_rows;     // [lane][channel]
-    Vec* weights;       // [token][lane]
+    Vec* key_lanes;  // [word][lane]
+    Vec* value_lanes;  // [word][lane]
+    Word* key_rows;  // [lane][channel]
+    Vec* weights;  // [token][lane]
     Vec* d_weights;
     Vec* lane_weights;
     float* states;  // [tile][lane][row_k_ of dK / scale, then row_v_ of dV]
@@ -220,7 +220,8 @@ class GradKeyValue {
       auto const state_of = [&](int tile) { return memory.states + (one_piece ? 0 : tile) * state_floats(); };
       auto const clear = [&](float* state) { std::memset(state, 0, sizeof(float) * state_floats()); };
       if (!one_piece) {
-        for_each_tile(block, schedule_.tile, [&](int const(&)[kMaxRank], int tile_index) { clear(state_of(tile_index)); });
+        for_each_tile(block, schedule_.tile,
+                      [&](int const(&)[kMaxRank], int tile_index) { clear(state_of(tile_index)); });
       }
       bool is_finished = false;
       for (int h = 0; h < problem_.group_size(); ++h) {
@@ -308,7 +309,9 @@ class GradKeyValue {
   bool pack(Group const (&groups)[kMaxRank], std::int64_t batch, int head, QueryStream const& stream,
             Interval slices) const {
     StreamBox const& box = stream.box;
-    auto const view = [&](TensorRef const& tensor) { return query_view<Storage const>(problem_, tensor, groups, batch, head); };
+    auto const view = [&](TensorRef const& tensor) {
+      return query_view<Storage const>(problem_, tensor, groups, batch, head);
+    };
     bool const q = stream.query.pack(view(arguments_.query), box, slices, /*as_dot=*/true, /*as_sum=*/true);
     bool const d = stream.d_output.pack(view(arguments_.d_output), box, slices, /*as_dot=*/true, /*as_sum=*/true);
     auto const output = view(arguments_.output);
@@ -316,7 +319,8 @@ class GradKeyValue {
       for (int y = box.axis[1].begin; y < box.axis[1].end; ++y) {
         QueryStats* row = stream.stats + box.token(z, y, box.first);
         for (int x = box.first; x < box.first + box.pitch; ++x) {
-          if (x + kPrefetchTokens < box.axis[2].end) prefetch_token(output.at(z, y, x + kPrefetchTokens), problem_.head_dim_value);
+          if (x + kPrefetchTokens < box.axis[2].end)
+            prefetch_token(output.at(z, y, x + kPrefetchTokens), problem_.head_dim_value);
           *row++ = box.axis[2].contains(x) ? query_stats<Storage>(arguments_, groups, batch, head, z, y, x)
                                            : QueryStats{kInfinity, 0};
         }
@@ -332,7 +336,8 @@ class GradKeyValue {
     auto const value = tile_view<Storage const>(arguments_.value, arguments_.additional_values, item);
     load_lanes<Math>(key, tile, problem_.head_dim, ahead, memory.key_lanes);
     load_lanes<Math>(value, tile, problem_.head_dim_value, ahead, memory.value_lanes);
-    prefetch_lanes(tile_view<Storage>(arguments_.d_key, arguments_.d_additional_keys, item), tile, problem_.head_dim, 0);
+    prefetch_lanes(tile_view<Storage>(arguments_.d_key, arguments_.d_additional_keys, item), tile, problem_.head_dim,
+                   0);
     prefetch_lanes(tile_view<Storage>(arguments_.d_value, arguments_.d_additional_values, item), tile,
                    problem_.head_dim_value, 0);
     return as_rows && load_lane_rows<Math>(key, tile, problem_.head_dim, key_rows(memory));
@@ -394,7 +399,9 @@ class GradKeyValue {
       };
       int x = first;
       if (nonfinite) {
-        for (; x < end; ++x) add_exactly(tile, chunk.z[r], chunk.y[r], x, weights + (r * chunk.width + x - chunk.x) * kLanes, rows, out + (x - first) * row_k_);
+        for (; x < end; ++x)
+          add_exactly(tile, chunk.z[r], chunk.y[r], x, weights + (r * chunk.width + x - chunk.x) * kLanes, rows,
+                      out + (x - first) * row_k_);
         continue;
       }
       for (; x + kMaxGroupLanes <= end; x += kMaxGroupLanes) add(x, std::integral_constant<int, kMaxGroupLanes>{});

@@ -15,8 +15,8 @@ struct QueryStats {
 };
 
 template <class Storage>
-QueryStats query_stats(BackwardArguments const& arguments, Group const (&groups)[kMaxRank], std::int64_t batch, int head,
-                       int z, int y, int x) {
+QueryStats query_stats(BackwardArguments const& arguments, Group const (&groups)[kMaxRank], std::int64_t batch,
+                       int head, int z, int y, int x) {
   Problem const& problem = arguments.problem;
   int const dim = problem.head_dim_value;
   Storage const* const out = query_view<Storage const>(problem, arguments.output, groups, batch, head).at(z, y, x);
@@ -27,7 +27,8 @@ QueryStats query_stats(BackwardArguments const& arguments, Group const (&groups)
   if (c < dim) products += load_first(out + c, dim - c) * load_first(d_out + c, dim - c);
   float const lse = *query_view<float const>(problem, arguments.lse, groups, batch, head).at(z, y, x);
   QueryStats stats{lse == -kInfinity ? kInfinity : lse * kLog2e, sum(products)};
-  if (arguments.d_lse) stats.delta -= *query_view<float const>(problem, arguments.d_lse, groups, batch, head).at(z, y, x);
+  if (arguments.d_lse)
+    stats.delta -= *query_view<float const>(problem, arguments.d_lse, groups, batch, head).at(z, y, x);
   return stats;
 }
 
@@ -134,7 +135,8 @@ void grad_query(BackwardArguments const& arguments) {
   for_each_unit(arguments, problem.batch * items_per_head, [&](std::int64_t unit, int head_kv, float* d_bias) {
     GradQuery<Math> pass = prototype;  // scratch memory is a thread's own
     pass.set_bias_gradient(d_bias);
-    blocks.run_item(pass, (unit / items_per_head * problem.heads_kv + head_kv) * items_per_head + unit % items_per_head);
+    blocks.run_item(pass,
+                    (unit / items_per_head * problem.heads_kv + head_kv) * items_per_head + unit % items_per_head);
   });
 }
 

@@ -30,9 +30,7 @@ struct Float32Math {
   NATTEN_INLINE static IntVec is_nonfinite(Vec words) {
     return (bit_cast<UintVec>(words) & 0x7f800000u) == 0x7f800000u;
   }
-  NATTEN_INLINE static Vec multiply_add(Vec sum, Vec a, Word const* b) {
-    return sum + a * load_as<float>(b);
-  }
+  NATTEN_INLINE static Vec multiply_add(Vec sum, Vec a, Word const* b) { return sum + a * load_as<float>(b); }
   // Weights [tokens][lane] as the words that a weighted sum broadcasts: they are that already.
   NATTEN_INLINE static void weights_to_words(Vec*, int) {}
   // The same weights as words that a sum over lanes broadcasts.

@@ -161,7 +161,8 @@ void accumulate(WeightedRow const* rows, int num_rows, int words, std::int64_t p
         weights += kSets * kWordStep;
       }
     }
-    for (; w < words; ++w, values += pitch, weights += kWordStep) add(values, weights, std::integral_constant<int, 0>{});
+    for (; w < words; ++w, values += pitch, weights += kWordStep)
+      add(values, weights, std::integral_constant<int, 0>{});
   }
 #pragma GCC unroll 4
   for (int g = 0; g < G; ++g) {
@@ -178,8 +179,8 @@ void accumulate(WeightedRow const* rows, int num_rows, int words, std::int64_t p
 
 // The same for any number of channels.
 template <class Math, int G, int kMemberStep, int kWordStep>
-void accumulate_channels(WeightedRow const* rows, int num_rows, int words, Operand const& values, int channels, float* out,
-                         std::int64_t out_stride) {
+void accumulate_channels(WeightedRow const* rows, int num_rows, int words, Operand const& values, int channels,
+                         float* out, std::int64_t out_stride) {
   for (int c = 0; c < channels; c += 4 * kLanes) {
     std::int64_t const offset = c / kPlaneWords * values.plane_stride + c % kPlaneWords;
     auto const run = [&](auto vectors) {

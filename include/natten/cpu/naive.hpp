@@ -315,7 +315,7 @@ class NaiveBackward {
   };
   struct Weight {
     Real probability;  // P
-    Real d_logit;      // dS
+    Real d_logit;  // dS
   };
 
   QueryRow query_row(std::int64_t batch, int head, int const (&x)[kMaxRank]) const {

@@ -25,7 +25,8 @@ struct KeyStream {
 template <class T>
 GroupView<T> query_view(Problem const& problem, TensorRef const& tensor, Group const (&groups)[kMaxRank],
                         std::int64_t batch, int head) {
-  int const origin[kMaxRank] = {problem.axes[0].query_origin, problem.axes[1].query_origin, problem.axes[2].query_origin};
+  int const origin[kMaxRank] = {problem.axes[0].query_origin, problem.axes[1].query_origin,
+                                problem.axes[2].query_origin};
   return GroupView<T>(tensor, groups, origin, batch, head);
 }
 

@@ -44,9 +44,9 @@ struct Schedule {
   Side side;
   TileShape tile;
   int groups[kMaxRank];
-  int block[kMaxRank];   // tokens, whole tiles
+  int block[kMaxRank];  // tokens, whole tiles
   int blocks[kMaxRank];  // per group
-  int step;              // tokens of a block on the first axis that are worked on at a time
+  int step;  // tokens of a block on the first axis that are worked on at a time
   std::int64_t max_packed;  // tokens
   std::int64_t batch;
   int heads_kv;
@@ -135,9 +135,7 @@ struct Schedule {
 
   // Room for the intervals of a block's positions.
   int positions() const { return block[0] + block[1] + block[2]; }
-  int tiles_per_step() const {
-    return step / tile.size[0] * (block[1] / tile.size[1]) * (block[2] / tile.size[2]);
-  }
+  int tiles_per_step() const { return step / tile.size[0] * (block[1] / tile.size[1]) * (block[2] / tile.size[2]); }
 
  private:
   // A smaller block packs its stream too often for too few tiles.
@@ -215,9 +213,7 @@ class Walk {
   Walk(Schedule const& schedule, Schedule::Item const& item, int tokens_per_word)
       : schedule_(schedule), item_(item), tokens_per_word_(tokens_per_word) {
     for (int a = 0; a < kMaxRank; ++a) stream_[a] = stream_of(item.groups[a], schedule.side, item.block[a]);
-    for_each_step([&](Interval const(&block)[kMaxRank]) {
-      ring_ = max(ring_, slices_of(block).size());
-    });
+    for_each_step([&](Interval const(&block)[kMaxRank]) { ring_ = max(ring_, slices_of(block).size()); });
     // Words begin where windows in the middle of the axis do: else most windows would stick out by a token at both ends.
     int const middle = item.block[2].begin + item.block[2].size() / schedule.tile.size[2] / 2 * schedule.tile.size[2];
     int const begin = stream_of(item.groups[2], schedule.side, {middle, middle + 1}).begin;
@@ -241,7 +237,8 @@ class Walk {
   template <class Visit>
   void for_each_step(Visit const& visit) const {
     for (int z = item_.block[0].begin; z < item_.block[0].end; z += schedule_.step) {
-      Interval const block[kMaxRank] = {{z, min(z + schedule_.step, item_.block[0].end)}, item_.block[1], item_.block[2]};
+      Interval const block[kMaxRank] = {
+          {z, min(z + schedule_.step, item_.block[0].end)}, item_.block[1], item_.block[2]};
       visit(block);
     }
   }
@@ -261,7 +258,8 @@ class Walk {
     if (keeps_ring && before >= item_.block[0].begin) {
       packed_end = max(packed_end, stream_of(item_.groups[0], schedule_.side, {before, block[0].begin}).end);
     }
-    visit(StreamBox(box, tokens_per_word_, padding_, stream_[0].begin, ring_), Interval{packed_end, max(packed_end, box[0].end)});
+    visit(StreamBox(box, tokens_per_word_, padding_, stream_[0].begin, ring_),
+          Interval{packed_end, max(packed_end, box[0].end)});
   }
 
  private:

@@ -21,8 +21,8 @@ struct GroupView {
 
   GroupView() = default;
   // `origin`: the grid's token that is the tensor's first, per axis.
-  GroupView(TensorRef const& tensor, Group const (&groups)[kMaxRank], int const (&origin)[kMaxRank],
-            std::int64_t batch, int head) {
+  GroupView(TensorRef const& tensor, Group const (&groups)[kMaxRank], int const (&origin)[kMaxRank], std::int64_t batch,
+            int head) {
     std::int64_t offset = batch * tensor.stride_batch + head * tensor.stride_head;
     for (int a = 0; a < kMaxRank; ++a) {
       offset += (groups[a].index - origin[a]) * tensor.stride_axis[a];
@@ -37,10 +37,10 @@ struct GroupView {
 // along the first axis lie in a ring, so that a box can move along that axis and only what is new is packed.
 struct StreamBox {
   Interval axis[kMaxRank];
-  int first = 0;   // position of a row's first packed token; before axis[2].begin there is padding
-  int pitch = 0;   // tokens from one row to the next
+  int first = 0;  // position of a row's first packed token; before axis[2].begin there is padding
+  int pitch = 0;  // tokens from one row to the next
   int origin = 0;  // slice `origin` is the ring's first
-  int ring = 1;    // slices
+  int ring = 1;  // slices
 
   StreamBox() = default;
   StreamBox(Interval const (&box)[kMaxRank], int tokens_per_word, int padding, int origin_, int ring_)

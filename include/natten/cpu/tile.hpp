@@ -128,16 +128,16 @@ struct Tile {
 
   // Per lane, the number of tokens of stream row (z, y) that it takes part in: its whole last axis or nothing.
   NATTEN_INLINE UintVec row_size(int z, int y) const {
-    IntVec const in = (broadcast(std::uint32_t(z)) - begin[0] < size[0]) & (broadcast(std::uint32_t(y)) - begin[1] < size[1]);
+    IntVec const in =
+        (broadcast(std::uint32_t(z)) - begin[0] < size[0]) & (broadcast(std::uint32_t(y)) - begin[1] < size[1]);
     return size[2] & bit_cast<UintVec>(in);
   }
   // Which lanes take part in token x of a row: one unsigned comparison checks both ends.
-  NATTEN_INLINE IntVec keep(int x, UintVec row_size) const {
-    return broadcast(std::uint32_t(x)) - begin[2] < row_size;
-  }
+  NATTEN_INLINE IntVec keep(int x, UintVec row_size) const { return broadcast(std::uint32_t(x)) - begin[2] < row_size; }
   // Whether one lane does.
   NATTEN_INLINE bool takes_part(int lane, int z, int y, int x) const {
-    return lane_interval(0, lane).contains(z) && lane_interval(1, lane).contains(y) && lane_interval(2, lane).contains(x);
+    return lane_interval(0, lane).contains(z) && lane_interval(1, lane).contains(y) &&
+           lane_interval(2, lane).contains(x);
   }
 
  private:
@@ -243,7 +243,8 @@ void load_lanes(GroupView<typename Math::Storage const> const& from, Tile const&
 
 // The tile's own tokens as a sum operand, in the order of lanes. Returns whether an element is infinite or NaN.
 template <class Math>
-bool load_lane_rows(GroupView<typename Math::Storage const> const& from, Tile const& tile, int dim, Operand const& out) {
+bool load_lane_rows(GroupView<typename Math::Storage const> const& from, Tile const& tile, int dim,
+                    Operand const& out) {
   typename Math::Storage const zeros[kLanes] = {};
   IntVec nonfinite = {};
   auto const row = [&](int l) {
@@ -266,7 +267,8 @@ bool load_lane_rows(GroupView<typename Math::Storage const> const& from, Tile co
 template <class T>
 void prefetch_lanes(GroupView<T> const& view, Tile const& tile, int dim, int ahead) {
   for (int l = 0; l < kLanes; ++l) {
-    if (tile.has(l)) prefetch_token(view.at(tile.position[0][l], tile.position[1][l], tile.position[2][l] + ahead), dim);
+    if (tile.has(l))
+      prefetch_token(view.at(tile.position[0][l], tile.position[1][l], tile.position[2][l] + ahead), dim);
   }
 }
 
@@ -300,7 +302,9 @@ void accumulate_chunk(Tile const& tile, Chunk const& chunk, PackedTensor<Math> c
   Word const* const words = reinterpret_cast<Word const*>(weights);
   if (nonfinite) {
     for (int l = 0; l < kLanes; ++l) {
-      if (tile.has(l)) accumulate_exact<Math>(chunk, {tile.lane_interval(0, l), tile.lane_interval(1, l), tile.lane_interval(2, l)}, stream, words + l, out + l * out_stride);
+      if (tile.has(l))
+        accumulate_exact<Math>(chunk, {tile.lane_interval(0, l), tile.lane_interval(1, l), tile.lane_interval(2, l)},
+                               stream, words + l, out + l * out_stride);
     }
     return;
   }
@@ -308,7 +312,8 @@ void accumulate_chunk(Tile const& tile, Chunk const& chunk, PackedTensor<Math> c
   // The words of each row that a group of lanes takes part in.
   auto const words_of = [&](LaneGroup const& group) {
     if (group.empty) return Interval{};
-    Interval const part = Interval{group.box[2].begin - chunk.x, group.box[2].end - chunk.x}.clipped_to({0, chunk.width});
+    Interval const part =
+        Interval{group.box[2].begin - chunk.x, group.box[2].end - chunk.x}.clipped_to({0, chunk.width});
     return part.empty() ? Interval{} : Interval{part.begin / kTokens, ceil_div(part.end, kTokens)};
   };
   auto const size_of = [&](LaneGroup const& group) {
