@@ -162,8 +162,11 @@ def _reach(problem: Problem, dim: int) -> tuple[int, int]:
     return (min(tokens), max(tokens)) if tokens else (0, 0)
 
 
-def random_problem(features: tuple[str, ...], seed: int) -> Problem:
-    """A small problem with the given features, and with whatever else chance adds."""
+def random_problem(features: tuple[str, ...], seed: int, large: bool = False) -> Problem:
+    """A problem with the given features, and with whatever else chance adds.
+
+    A small one spans a tile or two of a kernel; a large one, many.
+    """
     rng = random.Random(f"{features}{seed}")
     has = set(features)
 
@@ -180,7 +183,8 @@ def random_problem(features: tuple[str, ...], seed: int) -> Problem:
     marked = rng.randrange(rank)  # the axis that surely has the features
     valid_axis = (marked + 1) % rank if valid else None
     zeros_axis = (marked + 1) % rank if {"mask", "zeros"} <= has and rank > 1 else marked
-    longest = (48, 14, 8)[rank - 1]
+    longest = ((48, 14, 8), (900, 40, 13))[large][rank - 1]
+    widest = ((12, 6, 4), (150, 15, 6))[large][rank - 1]
 
     axes = []
     for i in range(rank):
@@ -190,7 +194,7 @@ def random_problem(features: tuple[str, ...], seed: int) -> Problem:
             return feature in sure or rng.random() < probability
 
         is_valid = i == valid_axis or (not features and rng.random() < 0.05)
-        kernel_size = rng.randint(1, (12, 6, 4)[rank - 1])
+        kernel_size = rng.randint(1, widest)
         if here("even", 0.3):
             kernel_size += kernel_size % 2
         dilation = rng.choice((2, 2, 3)) if here("dilation", 0.2) else 1

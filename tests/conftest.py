@@ -37,7 +37,8 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
-    """Tests may set the number of threads."""
+    """One, unless a test asks for more: problems are small, and on a busy machine idle threads spin for long."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)

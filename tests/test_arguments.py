@@ -410,3 +410,46 @@ def test_forced_isa_that_is_not_there(monkeypatch):
     monkeypatch.setenv("NATTEN_CPU_ISA", "avx1024")
     with pytest.raises(ValueError, match="NATTEN_CPU_ISA = 'avx1024'"):
         natten.na1d(X, X, X, 3)
+
+
+def test_on_a_device_without_kernels():
+    """What dispatch says of a GPU, which takes none to ask."""
+    from dataclasses import replace
+
+    from natten import _dispatch
+    from natten._problem import Operands, normalize
+
+    rpb = torch.zeros(1, 5)
+    x = torch.randn(1, 8, 1, 32)
+    arguments = (1, 3, 1, 1, False, "shift", 0, None, None, None, None)
+    plain = normalize(Operands(x, x, x).describe(), *arguments)
+    plain = replace(plain, device=torch.device("cuda"))
+    found = _dispatch.candidates(plain, needs_grad=True, isa="")
+    compiled = {
+        c.kernel for c in found if c.reasons == ("runs on cpu, and the tensors are on cuda",)
+    }
+    assert compiled == {kernel.name for kernel in _C.kernels() if kernel.op == "forward"}
+    assert _dispatch.select(plain, True, "auto", "") == "flex"
+    with pytest.raises(NotImplementedError, match="the tensors are on cuda"):
+        _dispatch.select(plain, True, "fna", "")
+    biased = normalize(Operands(x, x, x, None, None, rpb).describe(), *arguments)
+    biased = replace(biased, device=torch.device("cuda"))
+    _dispatch._warn_of_reference.cache_clear()
+    with pytest.warns(UserWarning, match="no fast backend runs this problem on cuda"):
+        assert _dispatch.select(biased, True, "auto", "") == "reference"
+    assert _dispatch.select(biased, True, "auto", "") == "reference"  # said once
+
+
+def test_ops_check_shapes_before_they_read():
+    x = torch.randn(1, 8, 1, 4)
+    axes = [8, 3, 1, 1, 0, 0, 0, 0, 8, 0, 8]
+    torch.ops.natten.forward(x, x, x, None, None, None, axes, 1.0, "auto")
+    longer = [9, 3, 1, 1, 0, 0, 0, 0, 9, 0, 9]
+    with pytest.raises(ValueError, match="shapes of the operands"):
+        torch.ops.natten.forward(x, x, x, None, None, None, longer, 1.0, "auto")
+    with pytest.raises(ValueError, match="shapes of the operands"):
+        torch.ops.natten.forward(x, x, x[:, :7], None, None, None, axes, 1.0, "auto")
+    with pytest.raises(ValueError, match="output, lse and d_output"):
+        torch.ops.natten.backward(
+            x, x, x, None, None, None, x, x[..., 0], x[:, :7], None, axes, 1.0, "auto"
+        )

@@ -85,23 +85,37 @@ def test_feature(feature, row):
     check(random_problem((feature,), 0), row)
 
 
-@pytest.mark.parametrize("index", range(len(PAIRS)), ids=lambda i: "-".join(PAIRS[i]))
-def test_pair_of_features(index, row):
-    # All pairs in float32; a third of them in the other types, another third for each instruction set.
-    if dtype_of(row) != torch.float32 and index % 3 != ROWS.index(row) % 3:
-        pytest.skip("another row's third")
-    check(random_problem(PAIRS[index], 1), row)
+# All pairs in float32; a third of them in the other types, not the same third for each instruction set.
+PAIRS_OF_ROWS = [
+    pytest.param(pair, row, id=f"{'-'.join(pair)}-{row.name}")
+    for i, pair in enumerate(PAIRS)
+    for j, row in enumerate(ROWS)
+    if dtype_of(row) == torch.float32 or i % 3 == j % 3
+]
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_anything(seed, row):
+@pytest.mark.parametrize(("pair", "row"), PAIRS_OF_ROWS, indirect=["row"])
+def test_pair_of_features(pair, row):
+    check(random_problem(pair, 1), row)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_anything_by_several_threads(seed, row):
+    torch.set_num_threads(2 + seed % 2)
     check(random_problem((), seed), row)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_anything_large(rank, seed, row):
+    check(random_problem((f"rank{rank}",), seed, large=True), row)
 
 
 @pytest.mark.parametrize("case", NAMED, ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_named_problem(case, dtype):
     """The benchmark's problems at full extent, as the best kernel of this machine computes them."""
+    torch.set_num_threads(2)
     problem = named_problem(case, heads=1, heads_kv=1, head_dim=16, head_dim_value=16)
     operands = problem.operands(dtype)
     exact = oracle.run(
@@ -115,12 +129,17 @@ def test_named_problem(case, dtype):
             oracle.assert_close(result, right, bound, name)
 
 
-@pytest.mark.parametrize(
-    "head_dim", [1, 2, 7, 15, 16, 17, 31, 33, 63, 64, 65, 96, 127, 128, 160, 256, 511, 512]
-)
+# The large ones on the best instruction set only.
+HEAD_DIMS_OF_ROWS = [
+    pytest.param(head_dim, row, id=f"{head_dim}-{row.name}")
+    for head_dim in (1, 2, 7, 15, 16, 17, 31, 33, 63, 64, 65, 96, 127, 128, 160, 256, 511, 512)
+    for row in ROWS
+    if head_dim <= 64 or row.isa in (BASELINE, *_C.cpu_isas()[:1])
+]
+
+
+@pytest.mark.parametrize(("head_dim", "row"), HEAD_DIMS_OF_ROWS, indirect=["row"])
 def test_head_dim(head_dim, row):
-    if head_dim > 64 and row.isa not in (BASELINE, *_C.cpu_isas()[:1]):
-        pytest.skip("large head dims run on the best instruction set")
     problem = replace(
         random_problem(("rank2", "rpb", "additional"), 5),
         head_dim=head_dim,

@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
 from natten import _C, _flex
-from natten._problem import Problem, reject
+from natten._problem import AXIS_INTS, Axis, Problem, reject
 
 # In order of preference.
 _COMPILED = tuple(dict.fromkeys(kernel.backend for kernel in _C.kernels()))
@@ -99,27 +100,48 @@ class Candidate:
         return f"{self.kernel}: {'; '.join(self.reasons) or 'can run'}"
 
 
+class Launch(NamedTuple):
+    """What the ops hand to the core; no kernel at all where there is nothing to compute."""
+
+    problem: _C.Problem
+    kernel: str | None
+
+
 @lru_cache(maxsize=1024)
-def kernel_for(
+def launch(
     op: str,
     backend: str,
     isa: str,
     dtype: torch.dtype,
     flat_axes: tuple[int, ...],
-    batch: int,
-    heads: int,
-    heads_kv: int,
-    head_dim: int,
-    head_dim_value: int,
-    additional_keys: int,
-    has_rpb: bool,
+    shapes: tuple[tuple[int, ...] | None, ...],
     scale: float,
-) -> tuple[_C.Problem, str]:
-    """The problem as the core sees it, and the name of the kernel that runs `op` of it.
+) -> Launch:
+    """The problem as the core sees it, and the kernel that runs `op` of it. `shapes` are those of the operands.
 
     Raises:
+        ArgumentError: If the shapes do not fit the axes or each other: the core would read out of bounds.
         NotImplementedError: If no kernel of the backend can run it.
     """
+    axes = [Axis(*flat_axes[i : i + AXIS_INTS]) for i in range(0, len(flat_axes), AXIS_INTS)]
+    query, key, value, additional_keys, _, rpb = shapes
+    assert query is not None
+    assert key is not None
+    assert value is not None
+    batch, heads, head_dim = query[0], query[-2], query[-1]
+    heads_kv, head_dim_value = key[-2], value[-1]
+    additional = 0 if additional_keys is None else additional_keys[1]
+    keys = tuple(axis.key_extent for axis in axes)
+    fitting = (
+        (batch, *(axis.query_extent for axis in axes), heads, head_dim),
+        (batch, *keys, heads_kv, head_dim),
+        (batch, *keys, heads_kv, head_dim_value),
+        None if additional_keys is None else (batch, additional, heads_kv, head_dim),
+        None if additional_keys is None else (batch, additional, heads_kv, head_dim_value),
+        None if rpb is None else (heads, *(2 * axis.kernel_size - 1 for axis in axes)),
+    )
+    if shapes != fitting:
+        reject("shapes of the operands", shapes, f"{fitting}, by the axes {axes}")
     problem = _C.Problem(
         str(dtype).removeprefix("torch."),
         flat_axes,
@@ -128,18 +150,18 @@ def kernel_for(
         heads_kv,
         head_dim,
         head_dim_value,
-        additional_keys,
-        has_rpb,
+        additional,
+        rpb is not None,
         scale,
     )
     rows = _C.candidates(problem, op, backend, isa)
-    for kernel, reasons in rows:
-        if not reasons:
-            return problem, kernel.name
-    raise _nothing_runs(
-        backend,
-        [Candidate(kernel.backend, kernel.name, tuple(reasons)) for kernel, reasons in rows],
-    )
+    chosen = next((kernel.name for kernel, reasons in rows if not reasons), None)
+    if chosen is None:
+        found = [Candidate(kernel.backend, kernel.name, tuple(why)) for kernel, why in rows]
+        raise _nothing_runs(backend, found)
+    # Dense attention to an empty sequence is the one problem without keys.
+    empty = 0 in query or (0 in key and additional == 0)
+    return Launch(problem, None if empty else chosen)
 
 
 def _nothing_runs(backend: str, candidates: list[Candidate]) -> NotImplementedError:

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from natten import _C
-from natten._problem import Operands
+from natten._problem import AXIS_INTS, Operands
 
-_AXIS_INTS = len(_C.AXIS_FIELDS)
 _DILATION = _C.AXIS_FIELDS.index("dilation")
 _QUERY_EXTENT = _C.AXIS_FIELDS.index("query_extent")
 _KEY_ORIGIN = _C.AXIS_FIELDS.index("key_origin")
@@ -63,8 +62,8 @@ class _AxisTable(NamedTuple):
 @lru_cache(maxsize=64)
 def _tables(flat_axes: tuple[int, ...], device: torch.device) -> tuple[_AxisTable, ...]:
     tables = []
-    for first in range(0, len(flat_axes), _AXIS_INTS):
-        axis = flat_axes[first : first + _AXIS_INTS]
+    for first in range(0, len(flat_axes), AXIS_INTS):
+        axis = flat_axes[first : first + AXIS_INTS]
         rows = torch.tensor(_C.windows(axis), device=device).reshape(-1, 4)
         group, begin, end, counted = (column.contiguous() for column in rows.unbind(1))
         tables.append(

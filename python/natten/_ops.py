@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from natten import _C, _dispatch, reference
-from natten._problem import Operands
+from natten._problem import AXIS_INTS, Operands, reject
 
 Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -79,31 +79,19 @@ def _row_ref(tensor: Tensor) -> _C.Tensor:
     return tensor.data_ptr(), stride[0], stride[1:-1], stride[-1]
 
 
-def _kernel(
+def _launch(
     op: str, backend: str, operands: Operands, axes: tuple[int, ...], scale: float
-) -> tuple[_C.Problem, str]:
-    query, key, value, additional_keys, _, rpb = operands
-    return _dispatch.kernel_for(
-        op,
-        backend,
-        _dispatch.forced_isa(),
-        query.dtype,
-        axes,
-        query.shape[0],
-        query.shape[-2],
-        key.shape[-2],
-        query.shape[-1],
-        value.shape[-1],
-        0 if additional_keys is None else additional_keys.shape[1],
-        rpb is not None,
-        scale,
+) -> _dispatch.Launch:
+    query, key, value, additional_keys, additional_values, rpb = operands
+    shapes = (
+        query.shape,
+        key.shape,
+        value.shape,
+        None if additional_keys is None else additional_keys.shape,
+        None if additional_values is None else additional_values.shape,
+        None if rpb is None else rpb.shape,
     )
-
-
-def _nothing_to_do(operands: Operands) -> bool:
-    """No queries, or no keys at all (dense attention to an empty sequence)."""
-    no_keys = operands.key.numel() == 0 and operands.additional_keys is None
-    return no_keys or operands.query.numel() == 0
+    return _dispatch.launch(op, backend, _dispatch.forced_isa(), query.dtype, axes, shapes, scale)
 
 
 def _resolve(backend: str, query: Tensor) -> str:
@@ -141,9 +129,9 @@ def _forward(
     flat_axes = tuple(axes)
     if backend == "reference":
         return reference.forward(operands, flat_axes, scale)
-    problem, kernel = _kernel("forward", backend, operands, flat_axes, scale)
+    problem, kernel = _launch("forward", backend, operands, flat_axes, scale)
     output, lse = _empty_output(query, value)
-    if _nothing_to_do(operands):
+    if kernel is None:
         return output.zero_(), lse.fill_(-math.inf)
     query, key, value = _readable(query), _readable(key), _readable(value)
     more_keys = more_values = _ABSENT
@@ -218,8 +206,14 @@ def _backward(
             if result is not None:
                 gradient.copy_(result)
         return gradients
-    problem, kernel = _kernel("backward", backend, operands, flat_axes, scale)
-    if _nothing_to_do(operands):
+    if (
+        output.shape != d_output.shape
+        or lse.shape != query.shape[:-1]
+        or output.shape[:-1] != lse.shape
+    ):
+        reject("output, lse and d_output", "of different grids", "those of the query")
+    problem, kernel = _launch("backward", backend, operands, flat_axes, scale)
+    if kernel is None:
         for gradient in gradients:
             gradient.zero_()
         return gradients
@@ -310,9 +304,8 @@ torch.library.register_fake("natten::backward", _backward_fake, lib=library)
 
 def attended_pairs(axes: tuple[int, ...], queries: int, additional_keys: int) -> int:
     """(query, key) pairs of one head of one sample."""
-    size = len(_C.AXIS_FIELDS)
-    windows = math.prod(_C.attended_pairs(axes[i : i + size]) for i in range(0, len(axes), size))
-    return windows + queries * additional_keys
+    per_axis = (axes[i : i + AXIS_INTS] for i in range(0, len(axes), AXIS_INTS))
+    return math.prod(map(_C.attended_pairs, per_axis)) + queries * additional_keys
 
 
 def _flops(

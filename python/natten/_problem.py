@@ -20,6 +20,7 @@ IntPerAxis: TypeAlias = "int | Sequence[int]"
 BoolPerAxis: TypeAlias = "bool | Sequence[bool]"
 StrPerAxis: TypeAlias = "str | Sequence[str]"
 
+AXIS_INTS = len(_C.AXIS_FIELDS)
 DTYPES = tuple(getattr(torch, name) for name in _C.DTYPES)
 _BOUNDARY_IDS = {name: index for index, name in enumerate(_C.BOUNDARIES)}
 _SHIFT = _BOUNDARY_IDS["shift"]
@@ -231,7 +232,9 @@ def _integer(name: str, value: Any) -> int:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool):
+    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(
+        value, bool
+    ):
         return float(value)
     if not isinstance(value, bool) and hasattr(value, "__float__"):
         return float(value)

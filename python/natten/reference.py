@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from natten import _C
-from natten._problem import Operands
+from natten._problem import AXIS_INTS, Operands
 
-AXIS_INTS = len(_C.AXIS_FIELDS)
 _KERNEL_SIZE = _C.AXIS_FIELDS.index("kernel_size")
 _DILATION = _C.AXIS_FIELDS.index("dilation")
 _QUERY_ORIGIN = _C.AXIS_FIELDS.index("query_origin")
