@@ -420,6 +420,23 @@ def test_a_compiled_function_obeys_the_backend_in_force(counter, monkeypatch):
     assert counter.frame_count == 1
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo (detected a call to|does not know how):UserWarning")
+def test_flex_breaks_the_graph(counter):
+    x = torch.randn(1, 8, 1, 4)
+    expected = natten.na1d(x, x, x, 3)
+
+    def function(x):
+        return natten.na1d(x * 1.0, x, x, 3, backend="flex") + 1
+
+    oracle.assert_close(torch.compile(function, backend=counter)(x), expected + 1, 1e-5)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"NotImplementedError|backend"):
+        torch.compile(function, fullgraph=True, backend=counter)(x)
+    inside = torch.compile(lambda x: natten.na1d(x, x, x, 3), fullgraph=True, backend=counter)
+    with natten.use_backend("flex"), pytest.raises(NotImplementedError, match="'flex'"):
+        inside(x)
+
+
 def test_errors_in_a_compiled_function(counter):
     x = torch.randn(1, 8, 1, 4)
     compiled = torch.compile(lambda x: natten.na1d(x, x, x, 9), backend=counter)

@@ -70,7 +70,7 @@ def _plan(
     needs_grad = _needs_grad(operands)
     if torch.compiler.is_compiling():
         problem = normalizer(infos, *arguments)
-        return Plan(problem, _dispatch.select_in_graph(problem, needs_grad, backend))
+        return Plan(problem, _dispatch.select_in_graph(problem, backend))
     name = _dispatch.backend_in_force() if backend is None else _dispatch.canonical(backend)
     isa = _dispatch.forced_isa()
     try:

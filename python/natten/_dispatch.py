@@ -225,32 +225,25 @@ def select(problem: Problem, needs_grad: bool, backend: str, isa: str) -> str:
     return chosen.backend
 
 
-def select_in_graph(problem: Problem, needs_grad: bool, backend: str | None) -> str:
+def select_in_graph(problem: Problem, backend: str | None) -> str:
     """The same for torch.compile, which cannot trace into the core.
 
     On a CPU the choice among compiled kernels is left to the moment the graph runs: it may be on another machine.
+    FlexAttention is no op of ours, and its mask no part of a graph: such calls break the graph, and run outside it.
     """
     if problem.device.type in ("cpu", "meta"):
-        return IN_FORCE if backend is None else canonical(backend)
-    name = backend_in_force() if backend is None else canonical(backend)
-    if name in ("auto", "flex"):
-        reasons = _flex.reasons(
-            problem.device.type,
-            problem.dtype,
-            problem.head_dim,
-            problem.head_dim_value,
-            problem.has_rpb,
-            needs_grad,
-        )
-        if not reasons:
-            return "flex"
-        if name == "flex":
-            raise _nothing_runs(name, [Candidate("flex", "flex", reasons)])
-        return "reference"
-    if name != "reference":
-        message = f"backend {name!r} runs on cpu, and the tensors are on {problem.device.type}"
-        raise NotImplementedError(message)
-    return name
+        name = IN_FORCE if backend is None else canonical(backend)
+        if name != "flex":
+            return name
+    else:
+        name = backend_in_force() if backend is None else canonical(backend)
+        if name == "reference":
+            return name
+    message = (
+        f"torch.compile(fullgraph=True) cannot take in backend {name!r} on {problem.device.type}; "
+        "let the graph break there, or choose backend='reference'"
+    )
+    raise NotImplementedError(message)
 
 
 @lru_cache

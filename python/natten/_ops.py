@@ -97,9 +97,9 @@ def _launch(
 def _resolve(backend: str, query: Tensor) -> str:
     if backend == _dispatch.IN_FORCE:
         backend = _dispatch.backend_in_force()
-    if backend == "reference" or query.device.type == "cpu":
+    if backend == "reference" or (query.device.type == "cpu" and backend != "flex"):
         return backend
-    message = f"backend {backend!r} runs on cpu, and the tensors are on {query.device.type}"
+    message = f"the op cannot run backend {backend!r} on {query.device.type}"
     raise NotImplementedError(message)
 
 
