@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -183,9 +184,28 @@ def test_bitwise_repeatable(row):
             assert result is None or torch.equal(result, results[0]), name
 
 
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-@pytest.mark.parametrize("which", ["query", "key", "value", "d_output"])
-def test_poison_stays_where_it_belongs(poison, which, row):
+POISONS = pytest.mark.parametrize(
+    ("poison", "which", "place"),
+    list(
+        itertools.product(
+            (float("nan"), float("inf")), ("query", "key", "value", "d_output"), ((4, 5), (0, 0))
+        )
+    ),
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else None,
+)
+
+
+@POISONS
+def test_poison_stays_where_it_belongs(poison, which, place, row):
+    check_poison(row.backend, dtype_of(row), poison, which, place)
+
+
+@POISONS
+def test_poison_stays_where_it_belongs_in_the_reference(poison, which, place):
+    check_poison("reference", torch.float64, poison, which, place)
+
+
+def check_poison(backend, dtype, poison, which, place):
     """A NaN or inf reaches only what attends to it, forward and backward."""
     problem = Problem(
         grid=(9, 10),
@@ -200,15 +220,14 @@ def test_poison_stays_where_it_belongs(poison, which, row):
         heads=1,
         heads_kv=1,
     )
-    place = (4, 5)
     flat = place[0] * 10 + place[1]
     attends, _, _ = oracle.mask(problem)
-    tensors = dict(zip(("query", "key", "value"), problem.operands(dtype_of(row)), strict=False))
-    cotangent = torch.randn(1, 9, 10, 1, 16).to(dtype_of(row))
+    tensors = dict(zip(("query", "key", "value"), problem.operands(dtype), strict=False))
+    cotangent = torch.randn(1, 9, 10, 1, 16).to(dtype)
 
     def run():
         inputs = [t.detach().requires_grad_() for t in tensors.values()]
-        output, lse = call(problem, (*inputs, None, None, None), row.backend)
+        output, lse = call(problem, (*inputs, None, None, None), backend)
         gradients = torch.autograd.grad(output, inputs, cotangent)
         return [t.detach().flatten(1, 2)[0] for t in (output, lse, *gradients)]
 
