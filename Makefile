@@ -8,9 +8,9 @@ PYTEST_ARGS ?=
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find include src python -name '*.[chp]*pp' -o -name '*.py*' -not -name '*.pyc')
-CPP := $(shell find include src tests -name '*.[ch]pp')
+CPP := $(shell find bench include src tests -name '*.[ch]pp')
 
-.PHONY: test demo bench lint format sanitize aarch64 clean
+.PHONY: test demo bench lint format sanitize races aarch64 clean
 
 test: $(VENV)/natten $(VENV)/test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -39,6 +39,13 @@ sanitize: build/sanitized/natten/.stamp $(VENV)/test
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitized \
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# All kernels under ThreadSanitizer, which cannot be preloaded into Python: by a program of their own.
+races: $(VENV)/build
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/races -G Ninja -DNATTEN_SANITIZE=thread \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/races --target fused_test
+	setarch --addr-no-randomize build/races/fused_test
+
 # The kernels for ARM, on an emulated CPU. Needs g++-aarch64-linux-gnu and qemu-user.
 aarch64:
 	$(PYTHON) -B src/codegen/generate.py --architecture aarch64 --output build/aarch64
@@ -58,7 +65,7 @@ $(VENV)/torch: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --group torch
 	touch $@
 
-$(VENV)/test $(VENV)/demo $(VENV)/bench $(VENV)/lint: $(VENV)/%: pyproject.toml | $(VENV)/torch
+$(VENV)/test $(VENV)/demo $(VENV)/bench $(VENV)/lint $(VENV)/build: $(VENV)/%: pyproject.toml | $(VENV)/torch
 	$(BIN)/pip install --quiet --group $*
 	touch $@
 
