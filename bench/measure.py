@@ -142,7 +142,8 @@ def measure(
         for turn in turns.values():
             turn.burst(effort)
         if problem.device == "cpu":
-            time.sleep(0.02)  # OpenMP's threads spin for a while after their work, on the same cores
+            # OpenMP's threads spin for a while after their work, on the same cores.
+            time.sleep(0.02)
             peaks.append(peak_flops(problem.dtype, threads))
     for (method, direction), turn in turns.items():
         rows[direction].seconds[method] = statistics.median(turn.times)

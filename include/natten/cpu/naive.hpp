@@ -113,24 +113,10 @@ class Grid {
 
   // `x` becomes the coordinates of the query (key) in its tensor.
   Token query(TaskIndex& index, int (&x)[kMaxRank]) const {
-    Token token;
-    for (int i = kMaxRank - 1; i >= 0; --i) {
-      x[i] = index.take(axes_[i].query_extent);
-      int const place = x[i] + axes_[i].query_origin;
-      Group const& group = groups_[i][place % axes_[i].dilation];
-      token.axis[i] = {&group, place / axes_[i].dilation, group.window(place / axes_[i].dilation)};
-    }
-    return token;
+    return token(index, x, &Axis::query_origin, &Axis::query_extent, &Group::window);
   }
   Token key(TaskIndex& index, int (&x)[kMaxRank]) const {
-    Token token;
-    for (int i = kMaxRank - 1; i >= 0; --i) {
-      x[i] = index.take(axes_[i].key_extent);
-      int const place = x[i] + axes_[i].key_origin;
-      Group const& group = groups_[i][place % axes_[i].dilation];
-      token.axis[i] = {&group, place / axes_[i].dilation, group.inverse(place / axes_[i].dilation)};
-    }
-    return token;
+    return token(index, x, &Axis::key_origin, &Axis::key_extent, &Group::inverse);
   }
 
   // visit(x, offset) for every key in the query's window: its coordinates, and its position minus the query's.
@@ -155,6 +141,19 @@ class Grid {
   }
 
  private:
+  Token token(TaskIndex& index, int (&x)[kMaxRank], int Axis::* origin, int Axis::* extent,
+              Interval (Group::*others)(int) const) const {
+    Token token;
+    for (int i = kMaxRank - 1; i >= 0; --i) {
+      x[i] = index.take(axes_[i].*extent);
+      int const place = x[i] + axes_[i].*origin;
+      Group const& group = groups_[i][place % axes_[i].dilation];
+      int const position = place / axes_[i].dilation;
+      token.axis[i] = {&group, position, (group.*others)(position)};
+    }
+    return token;
+  }
+
   template <class Visit>
   void for_each(Token const& token, int Axis::* origin, Visit const& visit) const {
     int x[kMaxRank], offset[kMaxRank];

@@ -35,7 +35,7 @@ void put_walk_axis_first(Problem& problem, Tensors&... tensors) {
 // Bounds of one thread's scratch memory. With scores and intervals it stays below 8 MB, whatever the window.
 constexpr std::int64_t kPackedBytes = 4 << 20;
 constexpr std::int64_t kStateBytes = 1 << 20;
-constexpr int kItemsPerThread = 4;  // enough for threads to finish together
+constexpr int kItemsPerThread = 4;  // enough for threads to finish together, if their shares are not equal
 constexpr int kTileTableIndex = kLanes == 16 ? 2 : kLanes == 8 ? 1 : 0;
 static_assert(TileTable::kSmallest << kTileTableIndex == kLanes, "the table holds a tile for every vector width");
 
@@ -90,7 +90,9 @@ struct Schedule {
       }
     };
     count_items();
-    while (num_threads > 1 && items > 0 && items < std::int64_t{kItemsPerThread} * num_threads &&
+    // Equal shares for all threads, or enough items for shares to be nearly equal; every cut packs a window's length twice.
+    int const threads = max(1, num_threads);
+    while (items > 0 && items % threads != 0 && items < std::int64_t{kItemsPerThread} * threads &&
            tokens(block) > kMinBlock && halve(block[0] > tile.size[0] ? 0 : largest())) {
       count_items();
     }
