@@ -30,6 +30,7 @@ struct Interval {
   NATTEN_INLINE constexpr int size() const { return end - begin; }
   NATTEN_INLINE constexpr bool empty() const { return end <= begin; }
   NATTEN_INLINE constexpr bool contains(int i) const { return begin <= i && i < end; }
+  NATTEN_INLINE constexpr bool operator==(Interval other) const { return begin == other.begin && end == other.end; }
   NATTEN_INLINE constexpr bool contains(Interval other) const { return begin <= other.begin && other.end <= end; }
   // Never inverted, and non-decreasing in both ends of `*this`: clipping keeps windows monotone.
   NATTEN_INLINE constexpr Interval clipped_to(Interval box) const {

@@ -388,14 +388,13 @@ class GradKeyValue {
     int const end = min(chunk.x + chunk.width, sums.box[2].end);
     for (int r = 0; r < chunk.rows; ++r) {
       Interval const lanes = tile.lanes_of_row(chunk.z[r], chunk.y[r]);
-      int const begin = lanes.begin / kTokens;
-      int const words = ceil_div(lanes.end, kTokens) - begin;
-      if (words <= 0) continue;
+      Interval const words = {lanes.begin / kTokens, ceil_div(lanes.end, kTokens)};
+      if (words.empty()) continue;
       float* const out = sums.at(chunk.z[r], chunk.y[r], first);
       auto const add = [&](int x, auto count) {
-        WeightedRow const row{word_at(rows, begin, 0), weights + (r * chunk.width + x - chunk.x) * kLanes + begin};
+        WeightedRow const row{rows.data, weights + (r * chunk.width + x - chunk.x) * kLanes};
         accumulate_channels<Math, decltype(count)::value, /*kMemberStep=*/kLanes, /*kWordStep=*/1>(
-            &row, 1, words, rows, problem_.head_dim, out + (x - first) * row_k_, row_k_);
+            &row, 1, words, /*first_weight=*/0, rows, problem_.head_dim, out + (x - first) * row_k_, row_k_);
       };
       int x = first;
       if (nonfinite) {

@@ -113,18 +113,18 @@ void dot_rows(Vec const* lanes, Operand const& operand, int const* row_token, in
   }
 }
 
-// Consecutive words of a sum operand, and the weights of the first member of a group for the first word.
+// A row of words of a sum operand, and of weights for them.
 struct WeightedRow {
   Word const* values;
   Word const* weights;
 };
 
-// out[g][c] += sum over rows and their `words` of weight[g][word] * value[word][c], for G members of a group and C vectors of
-// channels, which start `offset` words behind the rows' first. The weight of member g for word w lies at
-// weights[g * kMemberStep + w * kWordStep].
+// out[g][c] += sum over rows and `words` of each of weight[g][word] * value[word][c], for G members of a group and C vectors
+// of channels, which start `channel` words behind a word's first. The weight of member g for word w lies at
+// weights[first_weight + g * kMemberStep + w * kWordStep].
 template <class Math, int G, int C, int kMemberStep, int kWordStep>
-void accumulate(WeightedRow const* rows, int num_rows, int words, std::int64_t pitch, std::int64_t offset, float* out,
-                std::int64_t out_stride) {
+void accumulate(WeightedRow const* rows, int num_rows, Interval words, int first_weight, std::int64_t pitch,
+                std::int64_t channel, float* out, std::int64_t out_stride) {
   // 16 accumulators, in several sets if need be: 8 just cover the latency of an FMA (4 cycles, 2 a cycle), and any
   // hiccup costs (6 % at 2 x 4).
   constexpr int kAccumulators = kRegisters == 32 ? 16 : 8;
@@ -145,12 +145,14 @@ void accumulate(WeightedRow const* rows, int num_rows, int words, std::int64_t p
       }
     }
   };
+  std::int64_t const first_value = words.begin * pitch + channel;
+  first_weight += words.begin * kWordStep;
   for (int r = 0; r < num_rows; ++r) {
-    Word const* values = rows[r].values + offset;
-    Word const* weights = rows[r].weights;
-    int w = 0;
+    Word const* values = rows[r].values + first_value;
+    Word const* weights = rows[r].weights + first_weight;
+    int w = words.begin;
     if constexpr (kSets > 1) {
-      for (; w + kSets <= words; w += kSets) {
+      for (; w + kSets <= words.end; w += kSets) {
         add(values, weights, std::integral_constant<int, 0>{});
         add(values + pitch, weights + kWordStep, std::integral_constant<int, 1>{});
         if constexpr (kSets > 2) {
@@ -161,7 +163,7 @@ void accumulate(WeightedRow const* rows, int num_rows, int words, std::int64_t p
         weights += kSets * kWordStep;
       }
     }
-    for (; w < words; ++w, values += pitch, weights += kWordStep)
+    for (; w < words.end; ++w, values += pitch, weights += kWordStep)
       add(values, weights, std::integral_constant<int, 0>{});
   }
 #pragma GCC unroll 4
@@ -179,13 +181,13 @@ void accumulate(WeightedRow const* rows, int num_rows, int words, std::int64_t p
 
 // The same for any number of channels.
 template <class Math, int G, int kMemberStep, int kWordStep>
-void accumulate_channels(WeightedRow const* rows, int num_rows, int words, Operand const& values, int channels,
-                         float* out, std::int64_t out_stride) {
+void accumulate_channels(WeightedRow const* rows, int num_rows, Interval words, int first_weight, Operand const& values,
+                         int channels, float* out, std::int64_t out_stride) {
   for (int c = 0; c < channels; c += 4 * kLanes) {
-    std::int64_t const offset = c / kPlaneWords * values.plane_stride + c % kPlaneWords;
+    std::int64_t const channel = c / kPlaneWords * values.plane_stride + c % kPlaneWords;
     auto const run = [&](auto vectors) {
-      accumulate<Math, G, decltype(vectors)::value, kMemberStep, kWordStep>(rows, num_rows, words, values.pitch, offset,
-                                                                            out + c, out_stride);
+      accumulate<Math, G, decltype(vectors)::value, kMemberStep, kWordStep>(rows, num_rows, words, first_weight,
+                                                                            values.pitch, channel, out + c, out_stride);
     };
     int const vectors = min(4, ceil_div(channels - c, kLanes));
     if (vectors == 4) run(std::integral_constant<int, 4>{});

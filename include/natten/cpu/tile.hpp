@@ -58,15 +58,6 @@ struct AxisIntervals {
 struct LaneGroup {
   Interval box[kMaxRank];
   bool empty = true;
-
-  void add(LaneGroup const& other) {
-    if (other.empty) return;
-    for (int a = 0; a < kMaxRank; ++a) {
-      Interval const i = other.box[a];
-      box[a] = empty ? i : Interval{min(box[a].begin, i.begin), max(box[a].end, i.end)};
-    }
-    empty = false;
-  }
 };
 
 struct Tile {
@@ -78,7 +69,6 @@ struct Tile {
   UintVec size[kMaxRank];
   IntVec position[kMaxRank];            // of each lane's token
   std::uint32_t lanes = ~0u;            // bit set: there is a token
-  LaneGroup pair[kLanes / 2];           // of neighbouring lanes
 
   Tile(TileShape const& shape_, int const (&corner)[kMaxRank], Interval const (&block)[kMaxRank],
        AxisIntervals const (&intervals)[kMaxRank])
@@ -98,7 +88,6 @@ struct Tile {
         size[a] = here ? broadcast(std::uint32_t(interval[a][i].size())) : size[a];
       }
     }
-    fill_pairs();
   }
 
   // The same tokens against `n` tokens that all of them attend to.
@@ -111,12 +100,26 @@ struct Tile {
       for (int i = 0; i < shape.size[a]; ++i) all.interval[a][i] = i < box[a].size() ? everything[a] : Interval{};
       all.size[a] = size[a] != 0u ? broadcast(std::uint32_t(everything[a].size())) : UintVec{};
     }
-    all.fill_pairs();
     return all;
   }
 
   NATTEN_INLINE bool has(int lane) const { return (lanes >> lane) & 1u; }
   NATTEN_INLINE Interval lane_interval(int axis, int lane) const { return interval[axis][shape.place[axis][lane]]; }
+
+  // The group of lanes [first, first + count), a power of two. Such lanes are a box of the tile, and intervals are monotone.
+  NATTEN_INLINE LaneGroup group(int first, int count) const {
+    LaneGroup group;
+    group.empty = false;
+    for (int a = kMaxRank - 1; a >= 0; --a) {
+      int const places = min(count, shape.size[a]);
+      count /= places;
+      int const begin = shape.place[a][first];
+      int const end = min(begin + places, box[a].size());
+      if (begin >= end) return LaneGroup();
+      group.box[a] = {interval[a][begin].begin, interval[a][end - 1].end};
+    }
+    return group;
+  }
 
   // Lanes, from the first to the last, whose tokens may take part in stream row (z, y).
   NATTEN_INLINE Interval lanes_of_row(int z, int y) const {
@@ -141,19 +144,6 @@ struct Tile {
   }
 
  private:
-  void fill_pairs() {
-    for (int l = 0; l < kLanes; l += 2) {
-      pair[l / 2] = group_of(l);
-      pair[l / 2].add(group_of(l + 1));
-    }
-  }
-  NATTEN_INLINE LaneGroup group_of(int lane) const {
-    LaneGroup group;
-    group.empty = !has(lane);
-    for (int a = 0; a < kMaxRank; ++a) group.box[a] = lane_interval(a, lane);
-    return group;
-  }
-
   // Places on an axis whose intervals contain a stream position: neighbours, as intervals are monotone.
   NATTEN_INLINE Interval places_with(int axis, int position) const {
     int begin = 0;
@@ -319,27 +309,35 @@ void accumulate_chunk(Tile const& tile, Chunk const& chunk, PackedTensor<Math> c
   auto const size_of = [&](LaneGroup const& group) {
     return group.box[0].size() * group.box[1].size() * words_of(group).size();
   };
+  // The rows of a group: often those of the group before it, as lanes side by side see the same rows.
+  WeightedRow rows[kMaxChunkTokens];
+  int num_rows = -1;
+  Interval rows_z, rows_y;
+  auto const find_rows = [&](LaneGroup const& group) {
+    if (num_rows >= 0 && rows_z == group.box[0] && rows_y == group.box[1]) return;
+    rows_z = group.box[0];
+    rows_y = group.box[1];
+    num_rows = 0;
+    for (int r = 0; r < chunk.rows; ++r) {
+      if (!rows_z.contains(chunk.z[r]) || !rows_y.contains(chunk.y[r])) continue;
+      rows[num_rows++] = {stream.sum.data + std::int64_t{chunk.token[r] / kTokens} * stream.sum.pitch,
+                          words + r * chunk.width / kTokens * kLanes};
+    }
+  };
   auto const add = [&](LaneGroup const& group, int first, auto lanes_c) {
     Interval const part = words_of(group);
     if (part.empty()) return;
-    WeightedRow rows[kMaxChunkTokens];
-    int n = 0;
-    for (int r = 0; r < chunk.rows; ++r) {
-      if (!group.box[0].contains(chunk.z[r]) || !group.box[1].contains(chunk.y[r])) continue;
-      rows[n++] = {stream.sum.data + std::int64_t{chunk.token[r] / kTokens + part.begin} * stream.sum.pitch,
-                   words + (r * chunk.width / kTokens + part.begin) * kLanes + first};
-    }
+    find_rows(group);
     accumulate_channels<Math, decltype(lanes_c)::value, /*kMemberStep=*/1, /*kWordStep=*/kLanes>(
-        rows, n, part.size(), stream.sum, stream.dim, out + first * out_stride, out_stride);
+        rows, num_rows, part, /*first_weight=*/first, stream.sum, stream.dim, out + first * out_stride, out_stride);
   };
 
   // Two pairs do the work of a four in less arithmetic, but at 6 loads for 8 FMAs instead of 8 for 16.
   for (int l = 0; l < kLanes; l += kMaxGroupLanes) {
-    LaneGroup const& first = tile.pair[l / 2];
+    LaneGroup const first = tile.group(l, 2);
     if constexpr (kMaxGroupLanes == 4) {
-      LaneGroup const& second = tile.pair[l / 2 + 1];
-      LaneGroup four = first;
-      four.add(second);
+      LaneGroup const second = tile.group(l + 2, 2);
+      LaneGroup const four = tile.group(l, 4);
       if (100 * 2 * size_of(four) <= kPairPenalty * (size_of(first) + size_of(second))) {
         add(four, l, std::integral_constant<int, 4>{});
         continue;
