@@ -251,7 +251,7 @@ def check_poison(backend, dtype, poison, which, place):
         strict=True,
     ):
         # The fused kernels sum in another order where they meet a NaN: equal but for rounding.
-        rounding = 4 * torch.finfo(before.dtype).eps * before[before.isfinite()].abs().max().item()
+        rounding = 16 * torch.finfo(before.dtype).eps * before[before.isfinite()].abs().max().item()
         oracle.assert_close(after[~may], before[~may].double(), rounding, f"{name} beside {which}")
     if which == "value":
         assert not dirty[0][queries][..., 3].isfinite().any()
