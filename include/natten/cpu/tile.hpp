@@ -20,7 +20,7 @@ NATTEN_INLINE int chunk_tokens(std::int64_t bytes_per_token) {
 
 // Lanes that share one weighted sum: pairs waste least on the border of windows, fours load least.
 constexpr int kMaxGroupLanes = kRegisters == 32 ? 4 : 2;
-constexpr int kPairPenalty = 110;  // cost of a token's weighted sum in a pair, in percent of that in a four
+constexpr int kPairPenalty = 130;  // cost of a token's weighted sum in a pair, in percent of that in a four
 
 // The box of a tile, and where in it each lane's token is.
 struct TileShape {
