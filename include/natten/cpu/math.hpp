@@ -19,9 +19,10 @@ struct Float32Math {
   using Storage = Storage_;
   static constexpr int kPerWord = 1;  // elements in a word; if 1, a packed dot operand serves as sum operand too
 
-  // Words [first, first + kLanes) of a row of `dim` elements; zero behind its end.
+  // Words [first, first + kLanes) of a row; of one that has `dim` elements, with zeros behind its end.
+  NATTEN_INLINE static Vec load_words(Storage const* row, int first) { return load_vec(row + first); }
   NATTEN_INLINE static Vec load_words(Storage const* row, int first, int dim) {
-    return first + kLanes <= dim ? load_vec(row + first) : load_first(row + first, dim - first);
+    return first + kLanes <= dim ? load_words(row, first) : load_first(row + first, dim - first);
   }
   // Words of a sum operand: channels of one token; zero behind the first n.
   NATTEN_INLINE static Vec interleave(Storage const* row, Storage const*, int n) {
@@ -46,9 +47,10 @@ struct BFloat16Math {
   using Storage = BFloat16;
   static constexpr int kPerWord = 2;
 
+  NATTEN_INLINE static Vec load_words(Storage const* row, int first) { return load_as<Vec>(row + 2 * first); }
   NATTEN_INLINE static Vec load_words(Storage const* row, int first, int dim) {
     int left = dim - 2 * first;
-    if (left >= 2 * kLanes) return load_as<Vec>(row + 2 * first);
+    if (left >= 2 * kLanes) return load_words(row, first);
     Storage padded[2 * kLanes] = {};
     std::memcpy(padded, row + 2 * first, left * sizeof(Storage));
     return load_as<Vec>(padded);
