@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: MIT
+// Runs a kernel functor on a GPU. A kernel is
+//
+//   struct Kernel {
+//     struct Params { ... };                                      // trivially copyable
+//     static constexpr int kThreads, kMinBlocks;                  // per block; blocks that should fit on a multiprocessor
+//     CUTE_DEVICE void operator()(Params const&, char* shared) const;  // all shared memory there is, 128-byte aligned
+//   };
+//
+// and its host function `run(arguments, context, launch)` calls launch(Kernel{}, params, blocks, shared_bytes) in
+// stream order. Tests put another launcher in this header's place.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "natten/cuda/library.hpp"
+
+namespace natten::cuda {
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
+    run_on_device(__grid_constant__ typename Kernel::Params const params) {
+  extern __shared__ __align__(128) char shared[];
+  Kernel{}(params, shared);
+}
+
+class Launcher {
+ public:
+  explicit Launcher(LaunchContext const& context) : stream_(static_cast<cudaStream_t>(context.stream)) {}
+
+  template <class Kernel>
+  void operator()(Kernel, typename Kernel::Params const& params, std::int64_t blocks, int shared_bytes) const {
+    if (blocks == 0) return;
+    if (blocks > 0x7fffffff) throw std::runtime_error(std::to_string(blocks) + " thread blocks exceed 2^31 - 1");
+    auto const kernel = run_on_device<Kernel>;
+    constexpr int kSharedWithoutAsking = 48 * 1024;
+    if (shared_bytes > kSharedWithoutAsking) {
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+            "setting its shared memory");
+    }
+    kernel<<<static_cast<unsigned>(blocks), Kernel::kThreads, shared_bytes, stream_>>>(params);
+    check(cudaGetLastError(), "launching it");
+  }
+
+ private:
+  static void check(cudaError_t error, char const* action) {
+    if (error == cudaSuccess) return;
+    throw std::runtime_error(std::string(action) + " failed: " + cudaGetErrorString(error));
+  }
+
+  cudaStream_t stream_;
+};
+
+}  // namespace natten::cuda
