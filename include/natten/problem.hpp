@@ -32,7 +32,7 @@ struct Problem {
   double scale = 1.0;
   TileTable tiles;  // filled by choose_tiles (tiling.hpp)
 
-  int group_size() const { return heads / heads_kv; }
+  NATTEN_INLINE int group_size() const { return heads / heads_kv; }
 };
 
 }  // namespace natten

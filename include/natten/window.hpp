@@ -116,8 +116,8 @@ struct Group {
     return {begin, max(begin, first_beginning_after(j))};
   }
 
-  // Boxes: the union of the windows of a non-empty run of queries, the keys that all of them see (maybe none), and
-  // the union of the inverse windows of a run of keys.
+  // Boxes: the union of the windows of a non-empty run of queries, the keys that all of them see (maybe none); and the
+  // same of the inverse windows of a run of keys.
   NATTEN_INLINE constexpr Interval keys_of(Interval tile) const {
     return {window(tile.begin).begin, window(tile.end - 1).end};
   }
@@ -128,6 +128,10 @@ struct Group {
   NATTEN_INLINE constexpr Interval queries_of(Interval tile) const {
     int begin = first_ending_after(tile.begin);
     return {begin, max(begin, first_beginning_after(tile.end - 1))};
+  }
+  NATTEN_INLINE constexpr Interval interior_queries_of(Interval tile) const {
+    int begin = first_ending_after(tile.end - 1);
+    return {begin, max(begin, first_beginning_after(tile.begin))};
   }
 
   // Whether the key tensor holds every window of the queries that are there.

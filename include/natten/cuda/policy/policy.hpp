@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: MIT
+// An architecture is a policy: how tiles come into shared memory (collective/copy.hpp), which atoms multiply them, and
+// how an accumulator's elements are spread over rows and columns. What every policy states:
+//
+//   Element, kHeadDim, kOwn, kStreamed, kStages       sizes of tiles; rows in the kernel table
+//   kThreads                                          of a block
+//   Mma, MmaTransposed                                a (M, K) times b (N, K), and times b stored as (K, N)
+//   CopyOwn, CopyStreamed, CopyTransposed             shared memory to registers
+//   kOperandInRegisters                               an accumulator can be an operand where it is, by as_operand
+//   RowOrder                                          order of the streamed rows in that operand; void: as they come
+//   kRowLanes                                         bits of the lane that do not change an accumulator's rows
+//   rows_by_columns, transposed_rows_by_columns       accumulator layouts of Mma, MmaTransposed as (rows, columns)
+//   copy, commit, wait                                as in collective/copy.hpp
+#pragma once
+
+#include "natten/cuda/collective/tile.hpp"
+
+namespace natten::cuda {
+
+template <class Element_, int kHeadDim_, int kOwn_, int kStreamed_, int kStages_>
+struct PolicySizes {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kOwn = kOwn_;
+  static constexpr int kStreamed = kStreamed_;
+  static constexpr int kStages = kStages_;
+  using OwnTile = SharedTile<Element, kOwn, kHeadDim>;
+  using StreamedTile = SharedTile<Element, kStreamed, kHeadDim>;
+  using ScoreTile = SharedTile<Element, kOwn, kStreamed>;
+};
+
+}  // namespace natten::cuda
