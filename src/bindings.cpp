@@ -5,6 +5,7 @@
 
 #include <array>
 #include <atomic>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -146,6 +147,11 @@ void backward(Problem const& problem, std::string const& kernel, TensorRef const
   run(a);
 }
 
+char const* forced_isa() {
+  char const* const isa = std::getenv("NATTEN_CPU_ISA");
+  return isa ? isa : "";
+}
+
 int num_parallel_threads(int num_threads) {
   std::atomic<int> count{0};
   cpu::parallel_region(num_threads, [](void* context, int) { ++*static_cast<std::atomic<int>*>(context); }, &count);
@@ -184,6 +190,7 @@ void register_kernels(py::module_& module) {
       },
       py::arg("problem"), py::arg("op"), py::arg("backend"), py::arg("isa"));
   module.def("cpu_isas", &cpu_isas);
+  module.def("forced_isa", &forced_isa);
 
   module.def("forward", &forward, py::arg("problem"), py::arg("kernel"), py::arg("query"), py::arg("key"),
              py::arg("value"), py::arg("additional_keys"), py::arg("additional_values"), py::arg("rpb"),

@@ -108,6 +108,9 @@ def visited_tiles(axis: AxisInts, query_tile: int, key_tile: int) -> int:
 def cpu_isas() -> list[str]:
     """ISAs compiled in that this CPU can run, best first."""
 
+def forced_isa() -> str:
+    """The environment variable NATTEN_CPU_ISA as it is now, or nothing."""
+
 def num_parallel_threads(num_threads: int) -> int:
     """How many threads a parallel region asked for num_threads really runs on (for tests)."""
 
