@@ -2,8 +2,8 @@
 // What the fused kernels do with accumulators: multiply them by the streamed tile, and write them out.
 #pragma once
 
+#include "natten/cuda/collective/block.hpp"
 #include "natten/cuda/collective/multiply.hpp"
-#include "natten/cuda/collective/walk.hpp"
 
 namespace natten::cuda {
 

@@ -2,7 +2,7 @@
 // From accumulated dot products to logits: scale, bias, and the mask of tiles that not every row attends to.
 #pragma once
 
-#include "natten/cuda/collective/walk.hpp"
+#include "natten/cuda/collective/block.hpp"
 
 namespace natten::cuda {
 

@@ -38,6 +38,12 @@ struct TokenView {
   std::int64_t stride[kMaxRank] = {0, 0, 0};  // from one position of the group to the next
 
   template <class T>
+  CUTE_DEVICE TokenView moved(std::int64_t elements) const {
+    TokenView view = *this;
+    view.data += elements * static_cast<std::int64_t>(sizeof(T));
+    return view;
+  }
+  template <class T>
   CUTE_DEVICE T* token(int p0, int p1, int p2) const {
     return reinterpret_cast<T*>(const_cast<char*>(data)) + (p0 * stride[0] + p1 * stride[1] + p2 * stride[2]);
   }

@@ -6,7 +6,6 @@
 #include "natten/cuda/collective/multiply.hpp"
 #include "natten/cuda/collective/product.hpp"
 #include "natten/cuda/collective/scores.hpp"
-#include "natten/cuda/library.hpp"
 
 namespace natten::cuda {
 
@@ -82,52 +81,24 @@ struct FnaForward {
   CUTE_DEVICE static void prepare(Params const& params, State& state, std::int64_t item) {
     int const thread = threadIdx.x;
     Problem const& problem = params.problem;
-    if (thread == 0) state.own.locate(params.partition, item);
-    __syncthreads();
-    if (thread < kMaxRank) find_axis<Side::kQuery>(state, params.partition, problem.axes[thread], thread);
-    __syncthreads();
-    find_windows<Side::kQuery, kThreads>(state, problem, thread);
-    if (params.rpb != nullptr) {
-      int const corner = params.bias.corner - params.bias.of_position(state.own.origin);
-      for (int i = thread; i < kOwn; i += kThreads) {
-        state.bias_row[i] = corner - params.bias.of_token(params.partition.own, i);
-      }
-      for (int i = thread; i < kStreamed; i += kThreads) {
-        state.bias_column[i] = params.bias.of_token(params.partition.streamed, i);
-      }
-    }
+    find_block<Side::kQuery, kThreads>(state, params.partition, problem, item, thread);
+    if (params.rpb != nullptr) find_bias<Side::kQuery, kThreads>(state, params.bias, thread);
     if (thread == 0) {
-      Own& own = state.own;
-      own.is_empty = false;
-      int dilation[kMaxRank], key_origin[kMaxRank];
-      for (int a = 0; a < kMaxRank; ++a) {
-        own.is_empty = own.is_empty || own.origin[a] >= own.tokens.box[a].end;
-        dilation[a] = problem.axes[a].dilation;
-        key_origin[a] = problem.axes[a].key_origin;
-      }
-      int const head_kv = own.head / problem.group_size();
+      int const head_kv = state.own.head / problem.group_size();
       Walk& window = state.walks[0];
-      window.tokens.shape = params.partition.streamed;
-      window.is_dense = false;
-      window.count_tiles();
-      window.first = view_of<Element>(params.key, own.batch, head_kv, own.group, dilation, key_origin);
-      window.second = view_of<Element>(params.value, own.batch, head_kv, own.group, dilation, key_origin);
+      window.first = view_of<Side::kKey, Element>(params.key, problem, state.own, head_kv);
+      window.second = view_of<Side::kKey, Element>(params.value, problem, state.own, head_kv);
       window.vectors_first = params.key_vectors;
       window.vectors_second = params.value_vectors;
 
-      int const zeros[kMaxRank] = {0, 0, 0}, ones[kMaxRank] = {1, 1, 1};
       Walk& additional = state.walks[1];
-      additional.tokens.shape = params.partition.streamed_additional;
-      for (int a = 0; a < kMaxRank; ++a) {
-        additional.tokens.box[a] = {0, a == kMaxRank - 1 ? problem.additional_keys : 1};
-        additional.interior[a] = additional.tokens.box[a];
-      }
-      additional.is_dense = true;
-      additional.count_tiles();
-      additional.first = view_of<Element>(params.additional_keys, own.batch, head_kv, zeros, ones, zeros);
-      additional.second = view_of<Element>(params.additional_values, own.batch, head_kv, zeros, ones, zeros);
+      make_dense(additional, params.partition.streamed_additional, {{0, 1}, {0, 1}, {0, problem.additional_keys}});
+      additional.first = plain_view_of<Element>(params.additional_keys, state.own, head_kv);
+      additional.second = plain_view_of<Element>(params.additional_values, state.own, head_kv);
       additional.vectors_first = params.additional_key_vectors;
       additional.vectors_second = params.additional_value_vectors;
+      state.laps = kWalks;
+      state.tiles = window.count + additional.count;
     }
     __syncthreads();
   }
@@ -136,31 +107,21 @@ struct FnaForward {
     int const thread = threadIdx.x;
     Problem const& problem = params.problem;
     Own const& own = state.own;
-    int const tiles = state.walks[0].count + state.walks[1].count;
-
-    TokenView query_view;
-    {
-      int dilation[kMaxRank], query_origin[kMaxRank];
-      for (int a = 0; a < kMaxRank; ++a) {
-        dilation[a] = problem.axes[a].dilation;
-        query_origin[a] = problem.axes[a].query_origin;
-      }
-      query_view = view_of<Element>(params.query, own.batch, own.head, own.group, dilation, query_origin);
-    }
-    load_tile<OwnTile, Policy, kThreads, Element, kOwn, kHeadDim>(query_view, own.tokens, own.origin, problem.head_dim,
-                                                                  params.query_vectors, shared, thread);
+    load_tile<OwnTile, Policy, kThreads, Element, kOwn, kHeadDim>(
+        view_of<Side::kQuery, Element>(params.query, problem, own, own.head), own.tokens, own.origin, problem.head_dim,
+        params.query_vectors, shared, thread);
 
     // Step 2j brings the keys of tile j, step 2j + 1 its values. A step's load is issued kStages - 1 steps ahead.
-    Cursor ahead = first_tile(state);
+    Cursor ahead = state.first_tile();
     auto const issue = [&](int step) {
-      if (step < 2 * tiles) {
-        Walk const& walk = state.walks[ahead.lap];
+      if (step < 2 * state.tiles) {
+        Walk const& walk = state.walk_of(ahead);
         bool const is_value = step & 1;
         load_tile<StreamedTile, Policy, kThreads, Element, kStreamed, kHeadDim>(
             is_value ? walk.second : walk.first, walk.tokens, ahead.origin,
             is_value ? problem.head_dim_value : problem.head_dim, is_value ? walk.vectors_second : walk.vectors_first,
             slot(shared, step), thread);
-        if (is_value) next_tile(ahead, state);
+        if (is_value) state.next_tile(ahead);
       }
       Policy::commit();
     };
@@ -192,9 +153,9 @@ struct FnaForward {
     float const* const bias =
         params.rpb == nullptr ? nullptr : params.rpb + std::int64_t{own.head} * params.bias.entries;
 
-    Cursor cursor = first_tile(state);
-    for (int tile = 0; tile < tiles; ++tile) {
-      Walk const& walk = state.walks[cursor.lap];
+    Cursor cursor = state.first_tile();
+    for (int tile = 0; tile < state.tiles; ++tile) {
+      Walk const& walk = state.walk_of(cursor);
       bool const in_window = cursor.lap == 0;
       arrive(2 * tile);
       auto scores = make_accumulator<typename Policy::Mma, kOwn, kStreamed>();
@@ -225,12 +186,12 @@ struct FnaForward {
       }
       arrive(2 * tile + 1);
       multiply_scores<Policy>(output, scores, slot(shared, 2 * tile + 1), shared + kScoresBegin, thread);
-      next_tile(cursor, state);
+      state.next_tile(cursor);
     }
     Policy::template wait<0>();
     __syncthreads();  // the query tile becomes the output's
 
-    TokenView lse_view = output_view<float>(params, params.lse, own);
+    TokenView const lse_view = view_of<Side::kQuery, float>(params.lse, problem, own, own.head);
     CUTE_UNROLL
     for (int r = 0; r < kRows; ++r) {
       sum[r] = reduce_row<Policy::kRowLanes>(sum[r], Sum{});
@@ -249,33 +210,12 @@ struct FnaForward {
             sum[r] == 0 ? -INFINITY : kLn2 * (maximum[r] * params.softmax_scale + log2f(sum[r]));
       }
     }
-    store_accumulator<Policy>(output, shared, output_view<Element>(params, params.output, own), own,
-                              problem.head_dim_value, params.output_vectors, thread);
+    store_accumulator<Policy>(output, shared, view_of<Side::kQuery, Element>(params.output, problem, own, own.head),
+                              own, problem.head_dim_value, params.output_vectors, thread);
   }
 
   CUTE_DEVICE static char* slot(char* shared, int step) {
     return shared + kRingBegin + step % kStages * StreamedTile::kBytes;
-  }
-
-  CUTE_DEVICE static Cursor first_tile(State const& state) {
-    Cursor cursor;
-    cursor.enter(state.walks[0]);
-    if (cursor.left == 0) cursor.enter(state.walks[1]);
-    return cursor;
-  }
-  CUTE_DEVICE static void next_tile(Cursor& cursor, State const& state) {
-    cursor.advance(state.walks[cursor.lap]);
-    if (cursor.left == 0 && cursor.lap == 0) cursor.enter(state.walks[1]);
-  }
-
-  template <class T>
-  CUTE_DEVICE static TokenView output_view(Params const& params, TensorRef const& tensor, Own const& own) {
-    int dilation[kMaxRank], origin[kMaxRank];
-    for (int a = 0; a < kMaxRank; ++a) {
-      dilation[a] = params.problem.axes[a].dilation;
-      origin[a] = params.problem.axes[a].query_origin;
-    }
-    return view_of<T>(tensor, own.batch, own.head, own.group, dilation, origin);
   }
 
   // Keys that boundary "zeros" counts beyond the grid, for the query of this row.
