@@ -20,6 +20,7 @@ class Plan(NamedTuple):
 
     problem: Problem
     backend: str
+    needs_grad: bool
 
 
 class _PerAxis(NamedTuple):
@@ -57,7 +58,7 @@ def _cached_plan(
     *keys: Any,
 ) -> Plan:
     problem = normalizer(infos, *map(_value, keys))
-    return Plan(problem, _dispatch.select(problem, needs_grad, backend, isa))
+    return Plan(problem, _dispatch.select(problem, needs_grad, backend, isa), needs_grad)
 
 
 def _plan(
@@ -70,7 +71,7 @@ def _plan(
     needs_grad = _needs_grad(operands)
     if torch.compiler.is_compiling():
         problem = normalizer(infos, *arguments)
-        return Plan(problem, _dispatch.select_in_graph(problem, backend))
+        return Plan(problem, _dispatch.select_in_graph(problem, backend), needs_grad)
     name = _dispatch.backend_in_force() if backend is None else _dispatch.canonical(backend)
     isa = _dispatch.forced_isa()
     try:
@@ -116,7 +117,7 @@ def _run(plan: Plan, operands: Operands) -> tuple[Tensor, Tensor]:
         return _flex.forward(operands, problem.flat_axes, problem.scale)
     if operands.rpb is not None:
         operands = operands._replace(rpb=operands.rpb.to(_ops.lse_dtype(problem.dtype)))
-    return _ops.attend(operands, problem.flat_axes, problem.scale, plan.backend)
+    return _ops.attend(operands, problem.flat_axes, problem.scale, plan.backend, plan.needs_grad)
 
 
 def neighborhood(

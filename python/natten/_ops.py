@@ -18,6 +18,10 @@ from torch.utils.flop_counter import register_flop_formula
 from natten import _C, _dispatch, reference
 from natten._problem import AXIS_INTS, Operands, reject
 
+# Operands without the names, which take 0.2 us to attach.
+_OperandTuple: TypeAlias = tuple[
+    Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None
+]
 Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 _OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor? additional_keys, Tensor? additional_values, Tensor? rpb"
@@ -43,12 +47,12 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def attend(
-    operands: Operands, axes: tuple[int, ...], scale: float, backend: str
+    operands: Operands, axes: tuple[int, ...], scale: float, backend: str, needs_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE of a problem, by the compiled core or by the reference."""
     if (
         torch.compiler.is_compiling()
-        or (torch.is_grad_enabled() and torch._C._any_requires_grad(*operands))
+        or needs_grad
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     ):
@@ -63,15 +67,18 @@ def attend(
 _ABSENT: _C.Tensor = (0, 0, (0,), 0)
 
 
-def _readable(tensor: Tensor) -> Tensor:
-    """`tensor` with a contiguous last dim, which is all that the core asks for."""
-    # All strides at once: torch takes twice the time for one of them.
-    return tensor if tensor.stride()[-1] == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
 def _ref(tensor: Tensor) -> _C.Tensor:
     stride = tensor.stride()
     return tensor.data_ptr(), stride[0], stride[1:-2], stride[-2]
+
+
+def _readable(tensor: Tensor) -> tuple[Tensor, _C.Tensor]:
+    """`tensor` with a contiguous last dim, which is all that the core asks for, and where that is."""
+    stride = tensor.stride()
+    if stride[-1] != 1 and tensor.shape[-1] != 1:
+        tensor = tensor.contiguous()
+        stride = tensor.stride()
+    return tensor, (tensor.data_ptr(), stride[0], stride[1:-2], stride[-2])
 
 
 def _row_ref(tensor: Tensor) -> _C.Tensor:
@@ -81,7 +88,7 @@ def _row_ref(tensor: Tensor) -> _C.Tensor:
 
 
 def _launch(
-    op: str, backend: str, operands: Operands, axes: tuple[int, ...], scale: float
+    op: str, backend: str, operands: _OperandTuple, axes: tuple[int, ...], scale: float
 ) -> _dispatch.Launch:
     query, key, value, additional_keys, additional_values, rpb = operands
     shapes = (
@@ -125,34 +132,33 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     backend = _resolve(backend, query)
-    operands = Operands(query, key, value, additional_keys, additional_values, rpb)
+    operands = (query, key, value, additional_keys, additional_values, rpb)
     flat_axes = tuple(axes)
     if backend == "reference":
-        return reference.forward(operands, flat_axes, scale)
+        return reference.forward(Operands(*operands), flat_axes, scale)
     problem, kernel = _launch("forward", backend, operands, flat_axes, scale)
     output, lse = _empty_output(query, value)
     if kernel is None:
         return output.zero_(), lse.fill_(-math.inf)
-    query, key, value = _readable(query), _readable(key), _readable(value)
+    query, query_ref = _readable(query)
+    key, key_ref = _readable(key)
+    value, value_ref = _readable(value)
     more_keys = more_values = _ABSENT
     if (
         additional_keys is not None
         and additional_values is not None
         and additional_keys.shape[1] > 0
     ):
-        additional_keys, additional_values = (
-            _readable(additional_keys),
-            _readable(additional_values),
-        )
-        more_keys, more_values = _ref(additional_keys), _ref(additional_values)
+        additional_keys, more_keys = _readable(additional_keys)
+        additional_values, more_values = _readable(additional_values)
     if rpb is not None:
         rpb = rpb.to(lse.dtype).contiguous()
     _C.forward(
         problem,
         kernel,
-        _ref(query),
-        _ref(key),
-        _ref(value),
+        query_ref,
+        key_ref,
+        value_ref,
         more_keys,
         more_values,
         0 if rpb is None else rpb.data_ptr(),
@@ -218,19 +224,19 @@ def _backward(
             gradient.zero_()
         return gradients
     d_query, d_key, d_value, d_additional_keys, d_additional_values, d_rpb = gradients
-    query, key, value = _readable(query), _readable(key), _readable(value)
-    output, d_output = _readable(output), _readable(d_output)
+    query, query_ref = _readable(query)
+    key, key_ref = _readable(key)
+    value, value_ref = _readable(value)
+    output, output_ref = _readable(output)
+    d_output, d_output_ref = _readable(d_output)
     more_keys = more_values = d_more_keys = d_more_values = _ABSENT
     if (
         additional_keys is not None
         and additional_values is not None
         and additional_keys.shape[1] > 0
     ):
-        additional_keys, additional_values = (
-            _readable(additional_keys),
-            _readable(additional_values),
-        )
-        more_keys, more_values = _ref(additional_keys), _ref(additional_values)
+        additional_keys, more_keys = _readable(additional_keys)
+        additional_values, more_values = _readable(additional_values)
         d_more_keys, d_more_values = _ref(d_additional_keys), _ref(d_additional_values)
     kernel_rpb, kernel_d_rpb = rpb, d_rpb
     if rpb is not None:
@@ -239,15 +245,15 @@ def _backward(
     _C.backward(
         problem,
         kernel,
-        _ref(query),
-        _ref(key),
-        _ref(value),
+        query_ref,
+        key_ref,
+        value_ref,
         more_keys,
         more_values,
         0 if kernel_rpb is None else kernel_rpb.data_ptr(),
-        _ref(output),
+        output_ref,
         _row_ref(lse),
-        _ref(d_output),
+        d_output_ref,
         _ABSENT if d_lse is None else _row_ref(d_lse),
         _ref(d_query),
         _ref(d_key),
