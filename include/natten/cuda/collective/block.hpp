@@ -66,6 +66,23 @@ struct Own {
     tokens.shape = partition.own;
     for (int a = 0; a < kMaxRank; ++a) origin[a] = tile[a] * partition.own.side[a];
   }
+
+  // `item` of the tiles of additional keys.
+  CUTE_DEVICE void locate_additional(Partition const& partition, int additional_keys, std::int64_t item) {
+    int const tiles = ceil_div(additional_keys, partition.own_additional.side[kMaxRank - 1]);
+    head = static_cast<int>(item % partition.heads);
+    item /= partition.heads;
+    batch = item / tiles;
+    tokens.shape = partition.own_additional;
+    is_empty = false;
+    for (int a = 0; a < kMaxRank; ++a) {
+      group[a] = 0;
+      tokens.box[a] = {0, 1};
+      origin[a] = 0;
+    }
+    tokens.box[kMaxRank - 1].end = additional_keys;
+    origin[kMaxRank - 1] = static_cast<int>(item % tiles) * tokens.shape.side[kMaxRank - 1];
+  }
 };
 
 // What a block keeps in shared memory besides tiles.
