@@ -28,7 +28,6 @@ struct TileShape {
   int place[kMaxRank][kLanes];              // of a lane's token in the box
   IntVec places[kMaxRank];                  // the same
   std::uint32_t below[kMaxRank][kLanes + 1];  // lanes whose place on the axis is below n
-  int group[kMaxGroupLanes + 1][kMaxRank] = {};  // the box that 2 or 4 lanes side by side are: 36 divisions a chunk
 
   TileShape() : TileShape({1, 1, kLanes}) {}
   explicit TileShape(int const (&shape)[kMaxRank]) : size{shape[0], shape[1], shape[2]} {
@@ -37,13 +36,6 @@ struct TileShape {
       for (int a = 0; a < kMaxRank; ++a) {
         place[a][l] = at[a];
         places[a][l] = at[a];
-      }
-    }
-    for (int lanes = 2; lanes <= kMaxGroupLanes; lanes *= 2) {
-      int left = lanes;
-      for (int a = kMaxRank - 1; a >= 0; --a) {
-        group[lanes][a] = min(left, size[a]);
-        left /= group[lanes][a];
       }
     }
     for (int a = 0; a < kMaxRank; ++a) {
@@ -114,13 +106,15 @@ struct Tile {
   NATTEN_INLINE bool has(int lane) const { return (lanes >> lane) & 1u; }
   NATTEN_INLINE Interval lane_interval(int axis, int lane) const { return interval[axis][shape.place[axis][lane]]; }
 
-  // The group of lanes [first, first + count), 2 or 4 of them. Such lanes are a box of the tile, and intervals are monotone.
+  // The group of lanes [first, first + count), a power of two. Such lanes are a box of the tile, and intervals are monotone.
   NATTEN_INLINE LaneGroup group(int first, int count) const {
     LaneGroup group;
     group.empty = false;
-    for (int a = 0; a < kMaxRank; ++a) {
+    for (int a = kMaxRank - 1; a >= 0; --a) {
+      int const places = min(count, shape.size[a]);
+      count /= places;
       int const begin = shape.place[a][first];
-      int const end = min(begin + shape.group[count][a], box[a].size());
+      int const end = min(begin + places, box[a].size());
       if (begin >= end) return LaneGroup();
       group.box[a] = {interval[a][begin].begin, interval[a][end - 1].end};
     }
