@@ -10,6 +10,7 @@ namespace natten::cuda {
 
 // How a vector of 16 bytes comes into shared memory; zeros where `present` is false.
 struct AsynchronousCopy {
+  static constexpr int kUnrolledCopies = 16;
   CUTE_DEVICE static void copy(uint128_t const* source, uint128_t* destination, bool present) {
     SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint128_t>::copy(*source, *destination, present);
   }
@@ -21,6 +22,7 @@ struct AsynchronousCopy {
 };
 
 struct SynchronousCopy {
+  static constexpr int kUnrolledCopies = 4;  // each holds four registers from its load to its store
   CUTE_DEVICE static void copy(uint128_t const* source, uint128_t* destination, bool present) {
     *destination = present ? *source : uint128_t{};
   }
@@ -42,7 +44,7 @@ CUTE_DEVICE void load_tile(TokenView const& view, TokenBox const& tokens, int co
                            bool vectors, char* shared, int thread) {
   auto tile = Tile::tensor(shared);
   constexpr int kVectors = kColumns / Tile::kVector;  // in a row
-  CUTE_UNROLL
+#pragma unroll(Copy::kUnrolledCopies)
   for (int i = 0; i < ceil_div(kRows * kVectors, kThreads); ++i) {
     int const index = thread + i * kThreads;
     if (kRows * kVectors % kThreads != 0 && index >= kRows * kVectors) break;

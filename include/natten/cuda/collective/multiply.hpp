@@ -7,6 +7,10 @@
 
 namespace natten::cuda {
 
+// Blocks of K that are unrolled: all of up to 8. With all 16 or more of a long row the compiler keeps their addresses in
+// registers, and spills.
+constexpr int unrolled_blocks(int blocks) { return blocks <= 8 ? blocks : 2; }
+
 // Copies block `k` of an operand from shared memory and converts it to what the atom multiplies.
 template <class TiledCopy, class Shared, class Raw, class Operand>
 CUTE_DEVICE void load_operand(TiledCopy const& copy_operand, Shared const& shared, int k, Raw& raw, Operand& operand,
@@ -48,7 +52,7 @@ CUTE_DEVICE void multiply(Accumulator& accumulator, A const& a, B const& b, int 
   auto operand_a = make_tensor<typename Mma::ValTypeA>(shape_a);
   auto operand_b = make_tensor<typename Mma::ValTypeB>(shape_b);
 
-  CUTE_UNROLL
+#pragma unroll(unrolled_blocks(kBlocks))
   for (int k = 0; k < kBlocks; ++k) {
     load_operand(copy_a, shared_a, k, raw_a, operand_a, thread);
     load_operand(copy_b, shared_b, k, raw_b, operand_b, thread);
@@ -71,7 +75,7 @@ CUTE_DEVICE void multiply_fragment(Accumulator& accumulator, FragmentA const& a,
   auto raw_b = make_tensor<Element>(shape_b);
   auto operand_b = make_tensor<typename Mma::ValTypeB>(shape_b);
 
-  CUTE_UNROLL
+#pragma unroll(unrolled_blocks(kBlocks))
   for (int k = 0; k < kBlocks; ++k) {
     load_operand(copy_b, shared_b, k, raw_b, operand_b, thread);
     CUTE_UNROLL

@@ -13,6 +13,7 @@ struct Walk {
   bool is_dense = false;        // every row attends to the whole box
   int count = 0;
   TokenView first, second;      // key and value, or query and the gradient of the output
+  TokenView lse, delta;         // of streamed queries
   std::int64_t lap_first = 0, lap_second = 0;  // elements from one lap's tensors to the next's
   bool vectors_first = false, vectors_second = false;
 

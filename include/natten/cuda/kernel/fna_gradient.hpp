@@ -134,41 +134,17 @@ struct FnaGradient {
   }
 
  private:
-  // What a tile of own tokens reads and writes.
-  struct OwnTensors {
-    TokenView first, second, d_first, d_second;
-    bool first_vectors, second_vectors, d_first_vectors, d_second_vectors;
+  // A tensor of the own side: of the grid's tokens, or of the additional ones.
+  struct OwnTensor {
+    TokenView view;
+    bool vectors;
   };
-
-  CUTE_DEVICE static OwnTensors own_tensors(Params const& p, Own const& own, bool is_additional) {
-    if constexpr (kSide == Side::kQuery) {
-      return {view_of<kSide, Element>(p.query, p.problem, own, own.head),
-              view_of<kSide, Element>(p.d_output, p.problem, own, own.head),
-              view_of<kSide, Element>(p.d_query, p.problem, own, own.head),
-              {},
-              p.query_vectors,
-              p.d_output_vectors,
-              p.d_query_vectors,
-              false};
-    } else if (is_additional) {
-      return {plain_view_of<Element>(p.additional_keys, own, own.head),
-              plain_view_of<Element>(p.additional_values, own, own.head),
-              plain_view_of<Element>(p.d_additional_keys, own, own.head),
-              plain_view_of<Element>(p.d_additional_values, own, own.head),
-              p.additional_key_vectors,
-              p.additional_value_vectors,
-              p.d_additional_key_vectors,
-              p.d_additional_value_vectors};
-    } else {
-      return {view_of<kSide, Element>(p.key, p.problem, own, own.head),
-              view_of<kSide, Element>(p.value, p.problem, own, own.head),
-              view_of<kSide, Element>(p.d_key, p.problem, own, own.head),
-              view_of<kSide, Element>(p.d_value, p.problem, own, own.head),
-              p.key_vectors,
-              p.value_vectors,
-              p.d_key_vectors,
-              p.d_value_vectors};
+  CUTE_DEVICE static OwnTensor own_tensor(Params const& p, State const& state, TensorRef const& tensor, bool vectors,
+                                          TensorRef const& additional, bool additional_vectors) {
+    if (kSide == Side::kKey && state.walks[0].is_dense) {
+      return {plain_view_of<Element>(additional, state.own, state.own.head), additional_vectors};
     }
+    return {view_of<kSide, Element>(tensor, p.problem, state.own, state.own.head), vectors};
   }
 
   CUTE_DEVICE static void prepare(Params const& params, State& state, std::int64_t item) {
@@ -207,9 +183,13 @@ struct FnaGradient {
                       {0, problem.axes[2].query_extent}});
           walk.first = plain_view_of<Element>(params.query, own, head);
           walk.second = plain_view_of<Element>(params.d_output, own, head);
+          walk.lse = plain_view_of<float>(params.lse, own, head);
+          walk.delta = plain_view_of<float>(params.delta, own, head);
         } else {
           walk.first = view_of<kOtherSide, Element>(params.query, problem, own, head);
           walk.second = view_of<kOtherSide, Element>(params.d_output, problem, own, head);
+          walk.lse = view_of<kOtherSide, float>(params.lse, problem, own, head);
+          walk.delta = view_of<kOtherSide, float>(params.delta, problem, own, head);
         }
         walk.lap_first = params.query.stride_head;
         walk.lap_second = params.d_output.stride_head;
@@ -248,26 +228,20 @@ struct FnaGradient {
     int const thread = threadIdx.x;
     Problem const& problem = params.problem;
     Own const& own = state.own;
-    bool const is_additional = kSide == Side::kKey && state.walks[0].is_dense;
-    OwnTensors const mine = own_tensors(params, own, is_additional);
-    int const first_dim = problem.head_dim, second_dim = problem.head_dim_value;
-
-    auto const load_own = [&](TokenView const& view, int head_dim, bool vectors, char* tile) {
-      load_tile<OwnTile, Policy, kThreads, Element, kOwn, kHeadDim>(view, own.tokens, own.origin, head_dim, vectors,
-                                                                    tile, thread);
+    constexpr bool kOwnsQueries = kSide == Side::kQuery;
+    auto const load_own = [&](OwnTensor const& tensor, int head_dim, char* tile) {
+      load_tile<OwnTile, Policy, kThreads, Element, kOwn, kHeadDim>(tensor.view, own.tokens, own.origin, head_dim,
+                                                                    tensor.vectors, tile, thread);
     };
-    load_own(mine.first, first_dim, mine.first_vectors, shared);
-    if constexpr (kWantsFirst) load_own(mine.second, second_dim, mine.second_vectors, shared + kSecondBegin);
-
-    TokenView lse, delta;
-    if (is_additional) {
-      int const head = own.head * problem.group_size();
-      lse = plain_view_of<float>(params.lse, own, head);
-      delta = plain_view_of<float>(params.delta, own, head);
-    } else {
-      int const head = kSide == Side::kQuery ? own.head : own.head * problem.group_size();
-      lse = view_of<Side::kQuery, float>(params.lse, problem, own, head);
-      delta = view_of<Side::kQuery, float>(params.delta, problem, own, head);
+    load_own(kOwnsQueries ? own_tensor(params, state, params.query, params.query_vectors, {}, false)
+                          : own_tensor(params, state, params.key, params.key_vectors, params.additional_keys,
+                                       params.additional_key_vectors),
+             problem.head_dim, shared);
+    if constexpr (kWantsFirst) {
+      load_own(kOwnsQueries ? own_tensor(params, state, params.d_output, params.d_output_vectors, {}, false)
+                            : own_tensor(params, state, params.value, params.value_vectors, params.additional_values,
+                                         params.additional_value_vectors),
+               problem.head_dim_value, shared + kSecondBegin);
     }
 
     Cursor ahead = state.first_tile();
@@ -276,14 +250,14 @@ struct FnaGradient {
         Walk const& walk = state.walk_of(ahead);
         int const lap = kSide == Side::kKey ? ahead.lap : 0;
         load_tile<StreamedTile, Policy, kThreads, Element, kStreamed, kHeadDim>(
-            walk.first.template moved<Element>(lap * walk.lap_first), walk.tokens, ahead.origin, first_dim,
+            walk.first.template moved<Element>(lap * walk.lap_first), walk.tokens, ahead.origin, problem.head_dim,
             walk.vectors_first, first_slot(shared, tile), thread);
         load_tile<StreamedTile, Policy, kThreads, Element, kStreamed, kHeadDim>(
-            walk.second.template moved<Element>(lap * walk.lap_second), walk.tokens, ahead.origin, second_dim,
-            walk.vectors_second, first_slot(shared, tile) + StreamedTile::kBytes, thread);
+            walk.second.template moved<Element>(lap * walk.lap_second), walk.tokens, ahead.origin,
+            problem.head_dim_value, walk.vectors_second, first_slot(shared, tile) + StreamedTile::kBytes, thread);
         if constexpr (kSide == Side::kKey) {
-          TokenView const lap_lse = lse.template moved<float>(lap * params.lse.stride_head);
-          TokenView const lap_delta = delta.template moved<float>(lap * params.delta.stride_head);
+          TokenView const lap_lse = walk.lse.template moved<float>(lap * params.lse.stride_head);
+          TokenView const lap_delta = walk.delta.template moved<float>(lap * params.delta.stride_head);
           for (int i = thread; i < kStreamed; i += kThreads) {
             Row const row = read_row(lap_lse, lap_delta, walk.tokens, ahead.origin, i);
             columns(shared, tile)[i] = row.lse;
@@ -301,6 +275,8 @@ struct FnaGradient {
     constexpr int kColumns = decltype(size<1>(coordinates))::value;
     Row rows[kRows];
     if constexpr (kSide == Side::kQuery) {
+      TokenView const lse = view_of<kSide, float>(params.lse, problem, own, own.head);
+      TokenView const delta = view_of<kSide, float>(params.delta, problem, own, own.head);
       CUTE_UNROLL
       for (int r = 0; r < kRows; ++r) {
         rows[r] = read_row(lse, delta, own.tokens, own.origin, get<0>(coordinates(r, 0)));
@@ -371,14 +347,23 @@ struct FnaGradient {
     Policy::template wait<0>();
     __syncthreads();  // the own tiles become the gradients'
 
+    auto const store_own = [&](auto const& accumulator, OwnTensor const& tensor, int head_dim, char* tile) {
+      store_accumulator<Policy>(accumulator, tile, tensor.view, own, head_dim, tensor.vectors, thread);
+    };
     if constexpr (kWantsFirst) {
       CUTE_UNROLL
       for (int i = 0; i < size(d_first); ++i) d_first(i) *= float(problem.scale);
-      store_accumulator<Policy>(d_first, shared, mine.d_first, own, first_dim, mine.d_first_vectors, thread);
+      store_own(d_first,
+                kOwnsQueries ? own_tensor(params, state, params.d_query, params.d_query_vectors, {}, false)
+                             : own_tensor(params, state, params.d_key, params.d_key_vectors, params.d_additional_keys,
+                                          params.d_additional_key_vectors),
+                problem.head_dim, shared);
     }
     if constexpr (kWantsSecond) {
-      char* const tile = kWantsFirst ? shared + kSecondBegin : shared;
-      store_accumulator<Policy>(d_second, tile, mine.d_second, own, second_dim, mine.d_second_vectors, thread);
+      store_own(d_second,
+                own_tensor(params, state, params.d_value, params.d_value_vectors, params.d_additional_values,
+                           params.d_additional_value_vectors),
+                problem.head_dim_value, kWantsFirst ? shared + kSecondBegin : shared);
     }
   }
 
