@@ -123,7 +123,6 @@ void Fiber::prepare(char* stack, void (*entry)()) {
 #if defined(__x86_64__)
   constexpr int kRegisters = 6;
   auto* top = reinterpret_cast<std::uintptr_t*>(stack + Stacks::kBytes);
-  *--top = 0;
   *--top = 0;  // where a caller's address would be: an entry starts 8 bytes off a multiple of 16
   *--top = reinterpret_cast<std::uintptr_t>(entry);
   for (int i = 0; i < kRegisters; ++i) *--top = 0;
