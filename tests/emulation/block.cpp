@@ -257,7 +257,6 @@ class Block {
     leave(true);
   }
 
-
   Warp& my_warp() { return warps_[thread_ / kLanes]; }
 
   void make_runnable(int thread) {
@@ -407,9 +406,7 @@ void give(int bytes, int count, int const* places, void const* values) {
   Block::current->give(bytes, count, places, values);
 }
 void meet(char const* operation, unsigned mask) { Block::current->meet(operation, mask); }
-void take(int bytes, int count, int const* places, void* values) {
-  Block::current->take(bytes, count, places, values);
-}
+void take(int bytes, int count, int const* places, void* values) { Block::current->take(bytes, count, places, values); }
 void meet_and_multiply(Product const& product) { Block::current->meet_and_multiply(product); }
 int lane() { return Block::current->lane(); }
 

@@ -33,7 +33,7 @@ class Copies {
   void finish(Group& group);
 
   bool are_late_ = true;
-  Group open_;                // not committed
+  Group open_;  // not committed
   std::deque<Group> groups_;  // under way
 };
 

@@ -70,7 +70,8 @@ void acquire(void*) {}
 #endif
 
 Stacks::Stacks(int count) : bytes_(count * (kBytes + kGuard)) {
-  void* const memory = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* const memory =
+      mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   memory_ = static_cast<char*>(memory);
   for (int i = 0; i < count; ++i) mprotect((*this)[i] - kGuard, kGuard, PROT_NONE);
@@ -115,7 +116,8 @@ void Fiber::prepare(char* stack, void (*entry)()) {
   stack_ = stack;
   stack_bytes_ = stack == nullptr ? 0 : Stacks::kBytes;
 #if defined(__SANITIZE_ADDRESS__)
-  if (stack != nullptr) __asan_unpoison_memory_region(stack, Stacks::kBytes);  // frames that were left, not returned from
+  if (stack != nullptr)
+    __asan_unpoison_memory_region(stack, Stacks::kBytes);  // frames that were left, not returned from
   fake_stack_ = nullptr;
 #endif
   history_ = stack == nullptr ? History::of_current() : History::create();
