@@ -13,17 +13,17 @@ struct BiasGradient {
   static constexpr int kBytes = kOwn * kPitch * int(sizeof(float));
 
   // Adds the elements of d_scores (rows, columns) to `table`, the block's own. Queries are owned, keys streamed. All
-  // threads call it.
+  // threads call it; `holds_scores`: this one's are not another's too.
   template <class Scores, class Coordinates, class State>
   CUTE_DEVICE static void add(Scores const& d_scores, Coordinates const& coordinates, State const& state,
                               int const (&origin)[kMaxRank], Problem const& problem, BiasIndex const& bias,
-                              char* shared, float* table, int thread) {
+                              char* shared, float* table, bool holds_scores, int thread) {
     float* const tile = reinterpret_cast<float*>(shared);
     CUTE_UNROLL
     for (int r = 0; r < size<0>(d_scores); ++r) {
       CUTE_UNROLL
       for (int c = 0; c < size<1>(d_scores); ++c) {
-        tile[get<0>(coordinates(r, c)) * kPitch + get<1>(coordinates(r, c))] = d_scores(r, c);
+        if (holds_scores) tile[get<0>(coordinates(r, c)) * kPitch + get<1>(coordinates(r, c))] = d_scores(r, c);
       }
     }
     __syncthreads();

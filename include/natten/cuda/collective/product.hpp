@@ -7,11 +7,30 @@
 
 namespace natten::cuda {
 
+// A thread's place among those that share the scores: every column group computes them for itself.
+template <class Policy>
+CUTE_DEVICE int score_thread(int thread) {
+  return thread % Policy::kScoreThreads;
+}
+
+// Shared memory for scores that cannot stay in registers: of each column group.
+template <class Policy>
+constexpr int score_bytes() {
+  return Policy::kOperandInRegisters ? 0 : Policy::kColumnGroups * Policy::ScoreTile::kBytes;
+}
+
+// accumulator (kOwn, kStreamed) += own (kOwn, kHeadDim) streamed (kStreamed, kHeadDim)^T.
+template <class Policy, class Accumulator>
+CUTE_DEVICE void multiply_tokens(Accumulator& accumulator, char* own, char* streamed, int thread) {
+  multiply<typename Policy::Mma, typename Policy::CopyOwn, typename Policy::CopyStreamed>(
+      accumulator, Policy::OwnTile::tensor(own), Policy::StreamedTile::tensor(streamed), score_thread<Policy>(thread));
+}
+
 // (row, column) of each element of a score accumulator, as a tensor (rows, columns).
 template <class Policy>
 CUTE_DEVICE auto score_coordinates(int thread) {
   auto const all = make_identity_tensor(Shape<Int<Policy::kOwn>, Int<Policy::kStreamed>>{});
-  auto const mine = typename Policy::Mma{}.get_thread_slice(thread).partition_C(all);
+  auto const mine = typename Policy::Mma{}.get_thread_slice(score_thread<Policy>(thread)).partition_C(all);
   return make_tensor(mine.data(), Policy::rows_by_columns(mine.layout()));
 }
 
@@ -41,8 +60,8 @@ CUTE_DEVICE void multiply_scores(Accumulator& accumulator, Scores const& scores,
     multiply_fragment<Mma, typename Policy::CopyTransposed>(accumulator, operand, transposed, thread);
   } else {
     using Element = typename Policy::Element;
-    auto tile = Policy::ScoreTile::tensor(shared_scores);
-    auto mine = typename Policy::Mma{}.get_thread_slice(thread).partition_C(tile);
+    auto tile = Policy::ScoreTile::tensor(shared_scores + thread / Policy::kScoreThreads * Policy::ScoreTile::kBytes);
+    auto mine = typename Policy::Mma{}.get_thread_slice(score_thread<Policy>(thread)).partition_C(tile);
     __syncwarp();  // the last product has read its scores
     CUTE_UNROLL
     for (int i = 0; i < size(scores); ++i) mine(i) = Element(scores(i));

@@ -62,14 +62,8 @@ void run_fna_backward(BackwardArguments const& arguments, LaunchContext const& c
 
   auto const delta = make_delta_params<Element>(arguments, workspace.delta.data);
   launch(Delta<Element>{}, delta, Delta<Element>::blocks(delta), 0);
-  differentiate(FnaGradient<Policy, Gradient::kQuery>{}, workspace.bias_tables);
-  // A thread's accumulators of 16 rows by 256 columns, twice, would be all 255 registers it can have.
-  if constexpr (Policy::kHeadDim <= 128) {
-    differentiate(FnaGradient<Policy, Gradient::kKeyAndValue>{}, nullptr);
-  } else {
-    differentiate(FnaGradient<Policy, Gradient::kKey>{}, nullptr);
-    differentiate(FnaGradient<Policy, Gradient::kValue>{}, nullptr);
-  }
+  differentiate(FnaGradient<Policy, Side::kQuery>{}, workspace.bias_tables);
+  differentiate(FnaGradient<Policy, Side::kKey>{}, nullptr);
   if (workspace.bias_tables != nullptr) {
     SumBiasTables::Params sum{workspace.bias_tables, static_cast<float*>(arguments.d_rpb), 0, workspace.parts};
     sum.size = std::int64_t{arguments.problem.heads} * BiasIndex::make(arguments.problem).entries;

@@ -38,7 +38,7 @@ struct FnaForward {
   // One place in shared memory after the other.
   static constexpr int kRingBegin = OwnTile::kBytes;
   static constexpr int kScoresBegin = kRingBegin + kStages * StreamedTile::kBytes;
-  static constexpr int kStateBegin = kScoresBegin + (Policy::kOperandInRegisters ? 0 : Policy::ScoreTile::kBytes);
+  static constexpr int kStateBegin = kScoresBegin + score_bytes<Policy>();
   static constexpr int kSharedBytes = kStateBegin + int(sizeof(State));
 
   static Params make_params(ForwardArguments const& a, LaunchContext const& context) {
@@ -159,8 +159,7 @@ struct FnaForward {
       bool const in_window = cursor.lap == 0;
       arrive(2 * tile);
       auto scores = make_accumulator<typename Policy::Mma, kOwn, kStreamed>();
-      multiply<typename Policy::Mma, typename Policy::CopyOwn, typename Policy::CopyStreamed>(
-          scores, OwnTile::tensor(shared), StreamedTile::tensor(slot(shared, 2 * tile)), thread);
+      multiply_tokens<Policy>(scores, shared, slot(shared, 2 * tile), thread);
       auto scores_rows = make_tensor(scores.data(), Policy::rows_by_columns(scores.layout()));
       finish_scores(scores_rows, coordinates, state, walk, cursor.origin, cursor.is_interior(walk), params.prescale,
                     in_window ? bias : nullptr, params.bias.of_position(cursor.origin));
@@ -200,7 +199,7 @@ struct FnaForward {
       for (int c = 0; c < size<1>(output_rows); ++c) output_rows(r, c) *= inverse;
       int const row = get<0>(coordinates(r, 0));
       int p[kMaxRank];
-      bool present = get<1>(coordinates(r, 0)) == 0;  // one lane writes for its row
+      bool present = thread < Policy::kScoreThreads && get<1>(coordinates(r, 0)) == 0;  // one thread of the row
       for (int a = 0; a < kMaxRank; ++a) {
         p[a] = own.origin[a] + own.tokens.shape.at(row, a);
         present = present && p[a] < own.tokens.box[a].end;

@@ -15,14 +15,8 @@
 
 namespace natten::cuda {
 
-enum class Gradient : int {
-  kQuery = 0,
-  kKeyAndValue = 1,
-  kKey = 2,  // alone, where accumulators of both do not fit in registers
-  kValue = 3,
-};
-
-template <class Policy, Gradient kGradient>
+// kSide: of the tokens that a block owns, and whose gradients it finds.
+template <class Policy, Side kSide>
 struct FnaGradient {
   using Element = typename Policy::Element;
   static constexpr int kHeadDim = Policy::kHeadDim;
@@ -32,11 +26,9 @@ struct FnaGradient {
   static constexpr int kThreads = Policy::kThreads;
   static constexpr int kMinBlocks = 1;
 
-  static constexpr Side kSide = kGradient == Gradient::kQuery ? Side::kQuery : Side::kKey;
-  static constexpr Side kOtherSide = kSide == Side::kQuery ? Side::kKey : Side::kQuery;
-  static constexpr bool kWantsFirst = kGradient != Gradient::kValue;
-  static constexpr bool kWantsSecond = kGradient == Gradient::kKeyAndValue || kGradient == Gradient::kValue;
-  static constexpr int kWalks = kSide == Side::kQuery ? 2 : 1;
+  static constexpr bool kOwnsQueries = kSide == Side::kQuery;
+  static constexpr Side kOtherSide = kOwnsQueries ? Side::kKey : Side::kQuery;
+  static constexpr int kWalks = kOwnsQueries ? 2 : 1;
 
   using OwnTile = typename Policy::OwnTile;
   using StreamedTile = typename Policy::StreamedTile;
@@ -57,12 +49,12 @@ struct FnaGradient {
   };
 
   static constexpr int kSecondBegin = OwnTile::kBytes;
-  static constexpr int kRingBegin = (kGradient == Gradient::kValue ? 1 : 2) * OwnTile::kBytes;
+  static constexpr int kRingBegin = 2 * OwnTile::kBytes;
   static constexpr int kPairBytes = 2 * StreamedTile::kBytes;
   static constexpr int kScoresBegin = kRingBegin + kStages * kPairBytes;
-  static constexpr int kColumnsBegin = kScoresBegin + (Policy::kOperandInRegisters ? 0 : Policy::ScoreTile::kBytes);
+  static constexpr int kColumnsBegin = kScoresBegin + score_bytes<Policy>();
   static constexpr int kStateBegin =  // after lse and delta of the streamed queries
-      kColumnsBegin + (kSide == Side::kKey ? kStages * 2 * kStreamed * int(sizeof(float)) : 0);
+      kColumnsBegin + (!kOwnsQueries ? kStages * 2 * kStreamed * int(sizeof(float)) : 0);
   static constexpr int kBiasBegin = kStateBegin + (int(sizeof(State)) + 15) / 16 * 16;
   using BiasTile = BiasGradient<kOwn, kStreamed, kThreads>;
 
@@ -90,9 +82,9 @@ struct FnaGradient {
     p.d_additional_values = a.d_additional_values;
     p.rpb = static_cast<float const*>(a.rpb);
     p.d_rpb = d_rpb;
-    p.partition = Partition::make(problem, kSide, kSide == Side::kQuery ? context.by_query : context.by_key);
+    p.partition = Partition::make(problem, kSide, kOwnsQueries ? context.by_query : context.by_key);
     p.bias = BiasIndex::make(problem);
-    if (kSide == Side::kKey) {
+    if (!kOwnsQueries) {
       p.additional_items = problem.batch * problem.heads_kv * ceil_div(problem.additional_keys, kOwn);
     }
     float const c = float(problem.scale) * kLog2E;
@@ -141,7 +133,7 @@ struct FnaGradient {
   };
   CUTE_DEVICE static OwnTensor own_tensor(Params const& p, State const& state, TensorRef const& tensor, bool vectors,
                                           TensorRef const& additional, bool additional_vectors) {
-    if (kSide == Side::kKey && state.walks[0].is_dense) {
+    if (!kOwnsQueries && state.walks[0].is_dense) {
       return {plain_view_of<Element>(additional, state.own, state.own.head), additional_vectors};
     }
     return {view_of<kSide, Element>(tensor, p.problem, state.own, state.own.head), vectors};
@@ -160,7 +152,7 @@ struct FnaGradient {
     if (thread == 0) {
       Own const& own = state.own;
       Walk& walk = state.walks[0];
-      if constexpr (kSide == Side::kQuery) {
+      if constexpr (kOwnsQueries) {
         int const head_kv = own.head / problem.group_size();
         walk.first = view_of<kOtherSide, Element>(params.key, problem, own, head_kv);
         walk.second = view_of<kOtherSide, Element>(params.value, problem, own, head_kv);
@@ -228,7 +220,6 @@ struct FnaGradient {
     int const thread = threadIdx.x;
     Problem const& problem = params.problem;
     Own const& own = state.own;
-    constexpr bool kOwnsQueries = kSide == Side::kQuery;
     auto const load_own = [&](OwnTensor const& tensor, int head_dim, char* tile) {
       load_tile<OwnTile, Policy, kThreads, Element, kOwn, kHeadDim>(tensor.view, own.tokens, own.origin, head_dim,
                                                                     tensor.vectors, tile, thread);
@@ -237,25 +228,23 @@ struct FnaGradient {
                           : own_tensor(params, state, params.key, params.key_vectors, params.additional_keys,
                                        params.additional_key_vectors),
              problem.head_dim, shared);
-    if constexpr (kWantsFirst) {
-      load_own(kOwnsQueries ? own_tensor(params, state, params.d_output, params.d_output_vectors, {}, false)
-                            : own_tensor(params, state, params.value, params.value_vectors, params.additional_values,
-                                         params.additional_value_vectors),
-               problem.head_dim_value, shared + kSecondBegin);
-    }
+    load_own(kOwnsQueries ? own_tensor(params, state, params.d_output, params.d_output_vectors, {}, false)
+                          : own_tensor(params, state, params.value, params.value_vectors, params.additional_values,
+                                       params.additional_value_vectors),
+             problem.head_dim_value, shared + kSecondBegin);
 
     Cursor ahead = state.first_tile();
     auto const issue = [&](int tile) {
       if (tile < state.tiles) {
         Walk const& walk = state.walk_of(ahead);
-        int const lap = kSide == Side::kKey ? ahead.lap : 0;
+        int const lap = !kOwnsQueries ? ahead.lap : 0;
         load_tile<StreamedTile, Policy, kThreads, Element, kStreamed, kHeadDim>(
             walk.first.template moved<Element>(lap * walk.lap_first), walk.tokens, ahead.origin, problem.head_dim,
             walk.vectors_first, first_slot(shared, tile), thread);
         load_tile<StreamedTile, Policy, kThreads, Element, kStreamed, kHeadDim>(
             walk.second.template moved<Element>(lap * walk.lap_second), walk.tokens, ahead.origin,
             problem.head_dim_value, walk.vectors_second, first_slot(shared, tile) + StreamedTile::kBytes, thread);
-        if constexpr (kSide == Side::kKey) {
+        if constexpr (!kOwnsQueries) {
           TokenView const lap_lse = walk.lse.template moved<float>(lap * params.lse.stride_head);
           TokenView const lap_delta = walk.delta.template moved<float>(lap * params.delta.stride_head);
           for (int i = thread; i < kStreamed; i += kThreads) {
@@ -274,7 +263,7 @@ struct FnaGradient {
     constexpr int kRows = decltype(size<0>(coordinates))::value;
     constexpr int kColumns = decltype(size<1>(coordinates))::value;
     Row rows[kRows];
-    if constexpr (kSide == Side::kQuery) {
+    if constexpr (kOwnsQueries) {
       TokenView const lse = view_of<kSide, float>(params.lse, problem, own, own.head);
       TokenView const delta = view_of<kSide, float>(params.delta, problem, own, own.head);
       CUTE_UNROLL
@@ -303,11 +292,10 @@ struct FnaGradient {
       char* const second = first + StreamedTile::kBytes;
 
       auto scores = make_accumulator<typename Policy::Mma, kOwn, kStreamed>();
-      multiply<typename Policy::Mma, typename Policy::CopyOwn, typename Policy::CopyStreamed>(
-          scores, OwnTile::tensor(shared), StreamedTile::tensor(first), thread);
+      multiply_tokens<Policy>(scores, shared, first, thread);
       auto scores_rows = make_tensor(scores.data(), Policy::rows_by_columns(scores.layout()));
-      int const head = kSide == Side::kQuery ? own.head : own.head * problem.group_size() + cursor.lap;
-      int const sign = kSide == Side::kQuery ? 1 : -1;  // of the streamed side's positions in the bias table
+      int const head = kOwnsQueries ? own.head : own.head * problem.group_size() + cursor.lap;
+      int const sign = kOwnsQueries ? 1 : -1;  // of the streamed side's positions in the bias table
       finish_scores(scores_rows, coordinates, state, walk, cursor.origin, cursor.is_interior(walk), params.prescale,
                     has_bias ? params.rpb + std::int64_t{head} * params.bias.entries : nullptr,
                     sign * params.bias.of_position(cursor.origin));
@@ -315,31 +303,28 @@ struct FnaGradient {
       for (int r = 0; r < kRows; ++r) {
         CUTE_UNROLL
         for (int c = 0; c < kColumns; ++c) {
-          float const row_lse = kSide == Side::kQuery ? rows[r].lse : columns(shared, tile)[get<1>(coordinates(0, c))];
+          float const row_lse = kOwnsQueries ? rows[r].lse : columns(shared, tile)[get<1>(coordinates(0, c))];
           scores_rows(r, c) = exp2f(scores_rows(r, c) * params.softmax_scale - row_lse);
         }
       }
-      if constexpr (kWantsSecond) multiply_scores<Policy>(d_second, scores, second, shared + kScoresBegin, thread);
-      if constexpr (kWantsFirst) {
-        auto slopes = make_accumulator<typename Policy::Mma, kOwn, kStreamed>();
-        multiply<typename Policy::Mma, typename Policy::CopyOwn, typename Policy::CopyStreamed>(
-            slopes, OwnTile::tensor(shared + kSecondBegin), StreamedTile::tensor(second), thread);
-        auto slopes_rows = make_tensor(slopes.data(), Policy::rows_by_columns(slopes.layout()));
+      if constexpr (!kOwnsQueries) multiply_scores<Policy>(d_second, scores, second, shared + kScoresBegin, thread);
+      auto slopes = make_accumulator<typename Policy::Mma, kOwn, kStreamed>();
+      multiply_tokens<Policy>(slopes, shared + kSecondBegin, second, thread);
+      auto slopes_rows = make_tensor(slopes.data(), Policy::rows_by_columns(slopes.layout()));
+      CUTE_UNROLL
+      for (int r = 0; r < kRows; ++r) {
         CUTE_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-          CUTE_UNROLL
-          for (int c = 0; c < kColumns; ++c) {
-            float const row_delta =
-                kSide == Side::kQuery ? rows[r].delta : columns(shared, tile)[kStreamed + get<1>(coordinates(0, c))];
-            scores_rows(r, c) *= slopes_rows(r, c) - row_delta;
-          }
+        for (int c = 0; c < kColumns; ++c) {
+          float const row_delta =
+              kOwnsQueries ? rows[r].delta : columns(shared, tile)[kStreamed + get<1>(coordinates(0, c))];
+          scores_rows(r, c) *= slopes_rows(r, c) - row_delta;
         }
-        multiply_scores<Policy>(d_first, scores, first, shared + kScoresBegin, thread);
-        if constexpr (kSide == Side::kQuery) {
-          if (table != nullptr && has_bias) {
-            BiasTile::add(scores_rows, coordinates, state, cursor.origin, problem, params.bias, shared + kBiasBegin,
-                          table, thread);
-          }
+      }
+      multiply_scores<Policy>(d_first, scores, first, shared + kScoresBegin, thread);
+      if constexpr (kOwnsQueries) {
+        if (table != nullptr && has_bias) {
+          BiasTile::add(scores_rows, coordinates, state, cursor.origin, problem, params.bias, shared + kBiasBegin,
+                        table, thread < Policy::kScoreThreads, thread);
         }
       }
       state.next_tile(cursor);
@@ -350,20 +335,18 @@ struct FnaGradient {
     auto const store_own = [&](auto const& accumulator, OwnTensor const& tensor, int head_dim, char* tile) {
       store_accumulator<Policy>(accumulator, tile, tensor.view, own, head_dim, tensor.vectors, thread);
     };
-    if constexpr (kWantsFirst) {
-      CUTE_UNROLL
-      for (int i = 0; i < size(d_first); ++i) d_first(i) *= float(problem.scale);
-      store_own(d_first,
-                kOwnsQueries ? own_tensor(params, state, params.d_query, params.d_query_vectors, {}, false)
-                             : own_tensor(params, state, params.d_key, params.d_key_vectors, params.d_additional_keys,
-                                          params.d_additional_key_vectors),
-                problem.head_dim, shared);
-    }
-    if constexpr (kWantsSecond) {
+    CUTE_UNROLL
+    for (int i = 0; i < size(d_first); ++i) d_first(i) *= float(problem.scale);
+    store_own(d_first,
+              kOwnsQueries ? own_tensor(params, state, params.d_query, params.d_query_vectors, {}, false)
+                           : own_tensor(params, state, params.d_key, params.d_key_vectors, params.d_additional_keys,
+                                        params.d_additional_key_vectors),
+              problem.head_dim, shared);
+    if constexpr (!kOwnsQueries) {
       store_own(d_second,
                 own_tensor(params, state, params.d_value, params.d_value_vectors, params.d_additional_values,
                            params.d_additional_value_vectors),
-                problem.head_dim_value, kWantsFirst ? shared + kSecondBegin : shared);
+                problem.head_dim_value, shared + kSecondBegin);
     }
   }
 

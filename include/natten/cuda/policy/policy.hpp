@@ -3,7 +3,7 @@
 // how an accumulator's elements are spread over rows and columns. What every policy states:
 //
 //   Element, kHeadDim, kOwn, kStreamed, kStages       sizes of tiles; rows in the kernel table
-//   kThreads                                          of a block
+//   kScoreThreads, kThreads                           that share the rows; and times kColumnGroups
 //   Mma, MmaTransposed                                a (M, K) times b (N, K), and times b stored as (K, N)
 //   CopyOwn, CopyStreamed, CopyTransposed             shared memory to registers
 //   kOperandInRegisters                               an accumulator can be an operand where it is, by as_operand
@@ -16,6 +16,10 @@
 #include "natten/cuda/collective/tile.hpp"
 
 namespace natten::cuda {
+
+// Threads that share a row's scores hold 1 / kColumnGroups of the columns of its output: 16 rows of 256 columns would be
+// half of a warp's registers. Every group computes the scores for itself.
+constexpr int column_groups(int head_dim) { return head_dim <= 128 ? 1 : head_dim / 128; }
 
 template <class Element_, int kHeadDim_, int kOwn_, int kStreamed_, int kStages_>
 struct PolicySizes {

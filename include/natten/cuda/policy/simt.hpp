@@ -35,15 +35,19 @@ struct SimtRow {
   }
 };
 
-// Threads of a block: kRowThreads x 8, the columns running fastest, so that the 8 threads of a row share a warp.
-template <class Element, int kOwn>
+// Threads of a group: kRowThreads x 8, the columns running fastest, so that the 8 threads of a row share a warp.
+template <class Element, int kOwn, int kHeadDim>
 struct SimtMath {
   static constexpr int kColumnThreads = 8;
   static constexpr int kRowThreads = kOwn < 16 ? kOwn : 16;
-  static constexpr int kThreads = kRowThreads * kColumnThreads;
+  static constexpr int kColumnGroups = column_groups(kHeadDim);
+  static constexpr int kScoreThreads = kRowThreads * kColumnThreads;
+  static constexpr int kThreads = kScoreThreads * kColumnGroups;
   using Threads = Layout<Shape<Int<kRowThreads>, Int<kColumnThreads>, _1>, Stride<Int<kColumnThreads>, _1, _0>>;
   using Mma = TiledMMA<MMA_Atom<SimtDot>, Threads>;
-  using MmaTransposed = TiledMMA<MMA_Atom<SimtRow>, Threads>;
+  using MmaTransposed =
+      TiledMMA<MMA_Atom<SimtRow>, Layout<Shape<Int<kRowThreads>, Shape<Int<kColumnThreads>, Int<kColumnGroups>>, _1>,
+                                         Stride<Int<kColumnThreads>, Stride<_1, Int<kScoreThreads>>, _0>>>;
 
   using FourElements = uint_bit_t<4 * sizeof_bits_v<Element>>;
   using CopyOwn = UniversalCopy<FourElements>;

@@ -8,6 +8,8 @@
 namespace natten::cuda {
 
 template <class Element, int kHeadDim, int kOwn, int kStreamed, int kStages>
-struct Sm50 : PolicySizes<Element, kHeadDim, kOwn, kStreamed, kStages>, SimtMath<Element, kOwn>, SynchronousCopy {};
+struct Sm50 : PolicySizes<Element, kHeadDim, kOwn, kStreamed, kStages>,
+              SimtMath<Element, kOwn, kHeadDim>,
+              SynchronousCopy {};
 
 }  // namespace natten::cuda

@@ -12,11 +12,15 @@ namespace natten::cuda {
 template <class Element, int kHeadDim, int kOwn, int kStreamed, int kStages>
 struct Sm70 : PolicySizes<Element, kHeadDim, kOwn, kStreamed, kStages>, SynchronousCopy {
   static constexpr int kWarps = kOwn / 16;
-  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kColumnGroups = column_groups(kHeadDim);
+  static constexpr int kScoreThreads = 32 * kWarps;
+  static constexpr int kThreads = kScoreThreads * kColumnGroups;
   // The four quad-pairs of a warp are a square of 16x16: bit 2 of the lane is the upper half's, bit 3 the right half's.
   using QuadPairs = Layout<Shape<Shape<_2, Int<kWarps>>, _2, _1>, Stride<Stride<_1, _4>, _2, _0>>;
   using Mma = TiledMMA<MMA_Atom<SM70_8x8x4_F32F16F16F32_TN>, QuadPairs>;
-  using MmaTransposed = TiledMMA<MMA_Atom<SM70_8x8x4_F32F16F16F32_TT>, QuadPairs>;
+  using MmaTransposed = TiledMMA<MMA_Atom<SM70_8x8x4_F32F16F16F32_TT>,
+                                 Layout<Shape<Shape<_2, Int<kWarps>>, Shape<_2, Int<kColumnGroups>>, _1>,
+                                        Stride<Stride<_1, _4>, Stride<_2, Int<4 * kWarps>>, _0>>>;
 
   // Four elements that lie together: along K, or along N where the operand is stored row by row.
   using CopyOwn = UniversalCopy<std::uint64_t>;

@@ -11,7 +11,7 @@ namespace natten::cuda {
 
 template <class Element, int kHeadDim, int kOwn, int kStreamed, int kStages>
 struct Sm75 : PolicySizes<Element, kHeadDim, kOwn, kStreamed, kStages>,
-              TensorCoreMath<SM75_16x8x8_F32F16F16F32_TN, kOwn>,
+              TensorCoreMath<SM75_16x8x8_F32F16F16F32_TN, kOwn, kHeadDim>,
               SynchronousCopy {
   // An accumulator of 16x8 is laid out as an operand of 16x8.
   template <class Layout>

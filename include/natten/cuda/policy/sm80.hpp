@@ -24,7 +24,7 @@ struct Sm80Atom<bfloat16_t> {
 
 template <class Element, int kHeadDim, int kOwn, int kStreamed, int kStages>
 struct Sm80 : PolicySizes<Element, kHeadDim, kOwn, kStreamed, kStages>,
-              TensorCoreMath<typename Sm80Atom<Element>::type, kOwn>,
+              TensorCoreMath<typename Sm80Atom<Element>::type, kOwn, kHeadDim>,
               AsynchronousCopy {
   // Accumulators of two neighbouring atoms, 16x8 each, hold what a 16x16 operand wants: ((2, 2), M, (2, N / 2)) is
   // read as ((2, 2, 2), M, N / 2).
@@ -38,7 +38,7 @@ struct Sm80 : PolicySizes<Element, kHeadDim, kOwn, kStreamed, kStages>,
 // float32 tensors, whose products round both factors to TF32 (10 bits of mantissa).
 template <class Element, int kHeadDim, int kOwn, int kStreamed, int kStages>
 struct Sm80Tf32 : PolicySizes<Element, kHeadDim, kOwn, kStreamed, kStages>,
-                  TensorCoreMath<SM80_16x8x8_F32TF32TF32F32_TN, kOwn>,
+                  TensorCoreMath<SM80_16x8x8_F32TF32TF32F32_TN, kOwn, kHeadDim>,
                   AsynchronousCopy {
   // A matrix load moves 16-bit pairs, which it cannot transpose for a 32-bit type.
   using CopyTransposed = UniversalCopy<float>;
@@ -55,7 +55,7 @@ struct Sm80Tf32 : PolicySizes<Element, kHeadDim, kOwn, kStreamed, kStages>,
 // float32 tensors at full precision: fused multiply-adds of the ordinary cores.
 template <class Element, int kHeadDim, int kOwn, int kStreamed, int kStages>
 struct Sm80Simt : PolicySizes<Element, kHeadDim, kOwn, kStreamed, kStages>,
-                  SimtMath<Element, kOwn>,
+                  SimtMath<Element, kOwn, kHeadDim>,
                   AsynchronousCopy {};
 
 }  // namespace natten::cuda

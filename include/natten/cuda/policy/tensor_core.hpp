@@ -8,15 +8,18 @@
 
 namespace natten::cuda {
 
-// One warp has 16 rows of the owned tile, and all columns.
-template <class Atom, int kOwn>
+// One warp has 16 rows of the owned tile, and all columns of its group.
+template <class Atom, int kOwn, int kHeadDim>
 struct TensorCoreMath {
   static constexpr int kWarps = kOwn / 16;
-  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kColumnGroups = column_groups(kHeadDim);
+  static constexpr int kScoreThreads = 32 * kWarps;
+  static constexpr int kThreads = kScoreThreads * kColumnGroups;
   // Blocks of 16 columns and of 32 bytes of K: what one matrix load of four 8x8 matrices brings.
   static constexpr int kBlockK = 32 / int(sizeof(typename MMA_Traits<Atom>::ValTypeA));
   using Mma = TiledMMA<MMA_Atom<Atom>, Layout<Shape<Int<kWarps>, _1, _1>>, Tile<Int<kOwn>, _16, Int<kBlockK>>>;
-  using MmaTransposed = Mma;  // for products whose second operand lies transposed in shared memory
+  using MmaTransposed = TiledMMA<MMA_Atom<Atom>, Layout<Shape<Int<kWarps>, Int<kColumnGroups>, _1>>,
+                                 Tile<Int<kOwn>, Int<16 * kColumnGroups>, Int<kBlockK>>>;
 
   using CopyOwn = SM75_U32x4_LDSM_N;
   using CopyStreamed = SM75_U32x4_LDSM_N;
