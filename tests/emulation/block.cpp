@@ -77,9 +77,10 @@ struct Warp {
 // One block at a time, on one thread of the operating system.
 class Block {
  public:
-  Block(Grid const& grid, Settings const& settings)
+  Block(Grid const& grid, Settings const& settings, char* end_token)
       : grid_(grid),
         settings_(settings),
+        end_token_(end_token),
         stacks_(grid.threads),
         fibers_(new Fiber[grid.threads]),
         copies_(grid.threads),
@@ -88,7 +89,9 @@ class Block {
         warps_((grid.threads + kLanes - 1) / kLanes),
         shared_(static_cast<char*>(std::aligned_alloc(kAlignment, room()))) {
     if (shared_ == nullptr) throw std::bad_alloc();
+    for (Warp& warp : warps_) warp.runnable.reserve(kLanes);
   }
+
 
   void run(std::int64_t index, void (*body)(void const*, char*), void const* state) {
     body_ = body;
@@ -205,11 +208,12 @@ class Block {
       float const* const a = given + g * p.size();
       float const* const b = a + p.begin_b();
       float* const d = product + g * p.m * p.n;
-      std::memcpy(d, a + p.begin_c(), p.m * p.n * sizeof(float));
       for (int n = 0; n < p.n; ++n) {
+        float const* sum = a + p.begin_c() + n * p.m;
         for (int k = 0; k < p.k; ++k) {
           float const factor = b[n + k * p.n];
-          for (int m = 0; m < p.m; ++m) d[m + n * p.m] += a[m + k * p.m] * factor;
+          for (int m = 0; m < p.m; ++m) d[m + n * p.m] = sum[m] + a[m + k * p.m] * factor;
+          sum = d + n * p.m;
         }
       }
     }
@@ -244,14 +248,13 @@ class Block {
 
   void run_thread() {
     Fiber::arrive(fibers_[thread_], *came_from_);
-    acquire(&start_token_);
     try {
       body_(state_, shared_.get());
       copies().check_all_waited_for();
     } catch (...) {
       fail(std::current_exception());
     }
-    release(&end_token_);
+    release(end_token_);
     finished_[thread_] = true;
     ++num_finished_;
     leave(true);
@@ -346,6 +349,7 @@ class Block {
 
   Grid grid_;
   Settings settings_;
+  char* end_token_;  // for ThreadSanitizer: released by every thread
   Stacks stacks_;
   Fiber host_;
   std::unique_ptr<Fiber[]> fibers_;
@@ -367,24 +371,35 @@ class Block {
   Fiber* came_from_ = nullptr;
   int num_runnable_ = 0, num_finished_ = 0, barrier_arrived_ = 0;
   std::uint32_t barrier_generation_ = 0;
-  char barrier_tokens_[2], start_token_ = 0, end_token_ = 0;
+  char barrier_tokens_[2];
   std::exception_ptr error_;
 };
 
 thread_local Block* Block::current = nullptr;
+
+// Blocks are not ordered among each other. None may inherit another's memory and what was done to it, and whoever frees
+// that must have waited for a block that the next one does not wait for.
+void retire(std::unique_ptr<Block> block, char* end_token) {
+  History const self = History::of_current(), heir = History::create();
+  heir.switch_to();
+  acquire(end_token);
+  block.reset();
+  self.switch_to();
+}
 
 void launch(Grid const& grid, void (*body)(void const*, char*), void const* state) {
   Settings const settings = Settings::read();
   std::atomic<std::int64_t> next{0};
   std::mutex mutex;
   std::exception_ptr error;
+  char end_token;
   auto const work = [&] {
     try {
       std::unique_ptr<Block> block;
       for (std::int64_t i; (i = next++) < grid.blocks;) {
-        // Blocks are not ordered among each other: none may inherit another's memory and its history.
-        if (!block || kFindsRaces) block = std::make_unique<Block>(grid, settings);
+        if (!block) block = std::make_unique<Block>(grid, settings, &end_token);
         block->run(i, body, state);
+        if (kFindsRaces) retire(std::move(block), &end_token);
       }
     } catch (...) {
       next = grid.blocks;
@@ -397,6 +412,7 @@ void launch(Grid const& grid, void (*body)(void const*, char*), void const* stat
   for (int i = 1; i < threads; ++i) others.emplace_back(work);
   work();
   for (std::thread& other : others) other.join();
+  acquire(&end_token);
   if (error) std::rethrow_exception(error);
 }
 

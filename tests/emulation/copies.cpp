@@ -2,7 +2,6 @@
 #include "copies.hpp"
 
 #include <cstring>
-#include <utility>
 
 #include "emulation/simt.hpp"
 
@@ -19,50 +18,45 @@ void land(History& history, void const* source, void* destination, int bytes) {
 
 void Copies::start(bool are_late) {
   are_late_ = are_late;
-  open_ = {};
-  groups_.clear();
+  groups_.assign(1, {});
 }
 
 void Copies::issue(void const* source, void* destination, int bytes, bool is_present) {
-  if (open_.copies.empty()) open_.history = History::create();
-  open_.history.acquire_from_current();
-  open_.copies.push_back({is_present ? source : nullptr, destination, bytes});
+  History& history = this->history(first_ + int(groups_.size()) - 1);
+  if (!history) history = History::create();
+  history.acquire_from_current();
+  groups_.back().push_back({is_present ? source : nullptr, destination, bytes});
   if (are_late_) {
-    open_.history.record_copy(nullptr, destination, bytes);
+    history.record_copy(nullptr, destination, bytes);
     std::memset(destination, 0xff, bytes);
   } else {
-    land(open_.history, is_present ? source : nullptr, destination, bytes);
+    land(history, is_present ? source : nullptr, destination, bytes);
   }
 }
 
-void Copies::commit() {
-  groups_.push_back(std::move(open_));
-  open_ = {};
-}
+void Copies::commit() { groups_.emplace_back(); }
 
 void Copies::wait(int pending) {
-  while (int(groups_.size()) > pending) {
-    finish(groups_.front());
-    groups_.pop_front();
-  }
-  if (pending == 0) {
-    finish(open_);
-    open_ = {};
-  }
+  if (pending == 0) commit();
+  while (int(groups_.size()) > pending + 1) finish_first();
 }
 
-void Copies::finish(Group& group) {
-  if (group.copies.empty()) return;
-  if (are_late_) {
-    for (Copy const& copy : group.copies) land(group.history, copy.source, copy.destination, copy.bytes);
+void Copies::finish_first() {
+  if (!groups_.front().empty()) {
+    History& history = this->history(first_);
+    if (are_late_) {
+      for (Copy const& copy : groups_.front()) land(history, copy.source, copy.destination, copy.bytes);
+    }
+    history.release_to_current();
   }
-  group.history.release_to_current();
+  groups_.pop_front();
+  ++first_;
 }
 
 void Copies::check_all_waited_for() const {
-  bool all = open_.copies.empty();
-  for (Group const& group : groups_) all = all && group.copies.empty();
-  if (!all) throw Error("a thread exits with asynchronous copies under way");
+  for (Group const& group : groups_) {
+    if (!group.empty()) throw Error("a thread exits with asynchronous copies under way");
+  }
 }
 
 }  // namespace natten::emulation

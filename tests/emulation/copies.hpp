@@ -24,17 +24,19 @@ class Copies {
     void* destination;
     int bytes;
   };
-  // For ThreadSanitizer a thread of its own, begun by its first copy and joined by waiting.
-  struct Group {
-    std::vector<Copy> copies;
-    History history;
-  };
+  using Group = std::vector<Copy>;
 
-  void finish(Group& group);
+  // For ThreadSanitizer a group is a thread of its own, which its copies are issued to and which waiting joins. They take
+  // turns, as making one costs more than a copy; no kernel has as many groups under way.
+  static constexpr int kHistories = 8;
+  History& history(int group) { return histories_[group % kHistories]; }
+
+  void finish_first();
 
   bool are_late_ = true;
-  Group open_;  // not committed
-  std::deque<Group> groups_;  // under way
+  int first_ = 0;             // number of the first of these groups
+  std::deque<Group> groups_;  // under way; the last is not committed yet
+  History histories_[kHistories];
 };
 
 }  // namespace natten::emulation

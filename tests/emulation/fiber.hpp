@@ -24,6 +24,7 @@ class History {
   static History create();      // of a thread that begins after what the running one has done
   static History of_current();  // of the running one
 
+  explicit operator bool() const { return thread_ != nullptr; }
   void switch_to() const;  // orders nothing
 
   // An asynchronous access, and its order after and before what the running thread does.
@@ -47,8 +48,10 @@ void acquire(void* token);
 // Stacks of `kBytes` each, in one mapping; touching the page below one is a fault.
 class Stacks {
  public:
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-  static constexpr std::size_t kBytes = 512 << 10;  // frames of checked code are several times as large
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr std::size_t kBytes = 512 << 10;  // frames have red zones around every variable
+#elif defined(__SANITIZE_THREAD__)
+  static constexpr std::size_t kBytes = 32 << 10;  // whose history is wiped for every block
 #else
   static constexpr std::size_t kBytes = 128 << 10;
 #endif
