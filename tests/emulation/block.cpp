@@ -77,21 +77,31 @@ struct Warp {
 // One block at a time, on one thread of the operating system.
 class Block {
  public:
-  Block(Grid const& grid, Settings const& settings, char* end_token)
+  Block(Grid const& grid, Settings const& settings)
       : grid_(grid),
         settings_(settings),
-        end_token_(end_token),
-        stacks_(grid.threads),
         fibers_(new Fiber[grid.threads]),
         copies_(grid.threads),
         waiting_(grid.threads),
         finished_(grid.threads),
-        warps_((grid.threads + kLanes - 1) / kLanes),
-        shared_(static_cast<char*>(std::aligned_alloc(kAlignment, room()))) {
-    if (shared_ == nullptr) throw std::bad_alloc();
+        warps_((grid.threads + kLanes - 1) / kLanes) {
     for (Warp& warp : warps_) warp.runnable.reserve(kLanes);
+    allocate();
   }
+  ~Block() { discard(); }
 
+  // What threads leave behind: their stacks, shared memory, and asynchronous copies.
+  void allocate() {
+    stacks_ = std::make_unique<Stacks>(grid_.threads);
+    shared_.reset(static_cast<char*>(std::aligned_alloc(kAlignment, room())));
+    if (shared_ == nullptr) throw std::bad_alloc();
+  }
+  void discard() {
+    acquire(&end_token_);
+    for (Copies& copies : copies_) copies.clear();
+    stacks_.reset();
+    shared_.reset();
+  }
 
   void run(std::int64_t index, void (*body)(void const*, char*), void const* state) {
     body_ = body;
@@ -123,9 +133,10 @@ class Block {
       waiting_[t] = nullptr;
       finished_[t] = false;
       copies_[t].start(settings_.copies_are_late);
-      fibers_[t].prepare(stacks_[t], &Block::entry);
+      fibers_[t].prepare((*stacks_)[t], &Block::entry);
     }
 
+    release(&start_token_);
     current = this;
     Fiber& first = pick();
     came_from_ = &host_;
@@ -248,13 +259,14 @@ class Block {
 
   void run_thread() {
     Fiber::arrive(fibers_[thread_], *came_from_);
+    acquire(&start_token_);
     try {
       body_(state_, shared_.get());
       copies().check_all_waited_for();
     } catch (...) {
       fail(std::current_exception());
     }
-    release(end_token_);
+    release(&end_token_);
     finished_[thread_] = true;
     ++num_finished_;
     leave(true);
@@ -349,8 +361,7 @@ class Block {
 
   Grid grid_;
   Settings settings_;
-  char* end_token_;  // for ThreadSanitizer: released by every thread
-  Stacks stacks_;
+  std::unique_ptr<Stacks> stacks_;
   Fiber host_;
   std::unique_ptr<Fiber[]> fibers_;
   std::vector<Copies> copies_;
@@ -371,36 +382,41 @@ class Block {
   Fiber* came_from_ = nullptr;
   int num_runnable_ = 0, num_finished_ = 0, barrier_arrived_ = 0;
   std::uint32_t barrier_generation_ = 0;
-  char barrier_tokens_[2];
+  char barrier_tokens_[2], start_token_, end_token_;  // for ThreadSanitizer
   std::exception_ptr error_;
 };
 
 thread_local Block* Block::current = nullptr;
-
-// Blocks are not ordered among each other. None may inherit another's memory and what was done to it, and whoever frees
-// that must have waited for a block that the next one does not wait for.
-void retire(std::unique_ptr<Block> block, char* end_token) {
-  History const self = History::of_current(), heir = History::create();
-  heir.switch_to();
-  acquire(end_token);
-  block.reset();
-  self.switch_to();
-}
 
 void launch(Grid const& grid, void (*body)(void const*, char*), void const* state) {
   Settings const settings = Settings::read();
   std::atomic<std::int64_t> next{0};
   std::mutex mutex;
   std::exception_ptr error;
-  char end_token;
   auto const work = [&] {
     try {
-      std::unique_ptr<Block> block;
+      std::unique_ptr<Block> block, last;
+      History const self = History::of_current();
+      History heir = History::create();
       for (std::int64_t i; (i = next++) < grid.blocks;) {
-        if (!block) block = std::make_unique<Block>(grid, settings, &end_token);
+        if (!block) {
+          block = std::make_unique<Block>(grid, settings);
+        } else if (kFindsRaces) {
+          // Blocks are not ordered among each other, so none may inherit another's memory and what was done to it. And
+          // whoever frees that must have waited for a block, which whoever starts the next has not.
+          heir.switch_to();
+          block->discard();
+          self.switch_to();
+          block->allocate();
+        }
         block->run(i, body, state);
-        if (kFindsRaces) retire(std::move(block), &end_token);
+        if (kFindsRaces) std::swap(block, last);  // a thread is ordered after itself in the block before the last
       }
+      heir.switch_to();
+      block.reset();
+      last.reset();
+      self.switch_to();
+      heir.release_to_current();
     } catch (...) {
       next = grid.blocks;
       std::lock_guard<std::mutex> const lock(mutex);
@@ -412,7 +428,6 @@ void launch(Grid const& grid, void (*body)(void const*, char*), void const* stat
   for (int i = 1; i < threads; ++i) others.emplace_back(work);
   work();
   for (std::thread& other : others) other.join();
-  acquire(&end_token);
   if (error) std::rethrow_exception(error);
 }
 

@@ -18,8 +18,11 @@ void land(History& history, void const* source, void* destination, int bytes) {
 
 void Copies::start(bool are_late) {
   are_late_ = are_late;
+  first_ = 0;
   groups_.assign(1, {});
 }
+
+void Copies::clear() { groups_ = {}; }
 
 void Copies::issue(void const* source, void* destination, int bytes, bool is_present) {
   History& history = this->history(first_ + int(groups_.size()) - 1);

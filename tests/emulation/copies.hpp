@@ -13,6 +13,7 @@ namespace natten::emulation {
 class Copies {
  public:
   void start(bool are_late);  // of a thread
+  void clear();               // after its end
   void issue(void const* source, void* destination, int bytes, bool is_present);
   void commit();
   void wait(int pending);

@@ -120,7 +120,8 @@ void Fiber::prepare(char* stack, void (*entry)()) {
     __asan_unpoison_memory_region(stack, Stacks::kBytes);  // frames that were left, not returned from
   fake_stack_ = nullptr;
 #endif
-  history_ = stack == nullptr ? History::of_current() : History::create();
+  if (stack == nullptr) history_ = History::of_current();
+  else if (!history_) history_ = History::create();
   if (stack == nullptr) return;
 #if defined(__x86_64__)
   constexpr int kRegisters = 6;
