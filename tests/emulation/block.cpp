@@ -56,20 +56,53 @@ struct Settings {
   }
 };
 
+// Values that lanes give or take.
+struct Room {
+  alignas(64) std::byte bytes[4096];
+  unsigned readers = 0;  // lanes that may still take from it
+};
+
 struct Warp {
-  static constexpr int kRoom = 4096;  // bytes that lanes give
-
-  alignas(64) std::byte given[2][kRoom];
-  alignas(64) std::byte product[kLanes * 8 * sizeof(float)];
-  std::byte const* taken = nullptr;
-  int side = 0;  // of `given` that is being filled
-
+  std::vector<std::unique_ptr<Room>> rooms;
+  Room* given = nullptr;          // of the meeting that comes
+  Room* taken[kLanes] = {};       // of a lane's last meeting
   char const* operation = nullptr;  // that lanes are waiting in
   unsigned mask = 0, arrived = 0;
   std::uint32_t generation = 0;  // of warp barriers
-  char tokens[2];
+  char tokens[2];                // their addresses, for ThreadSanitizer
   unsigned lanes = 0;            // that exist
   std::vector<int> runnable;     // threads
+
+  void reset(int begin, int end) {  // threads
+    for (auto& room : rooms) room->readers = 0;
+    std::fill_n(taken, kLanes, nullptr);
+    given = free_room();
+    operation = nullptr;
+    arrived = 0;
+    lanes = end - begin == kLanes ? ~0u : (1u << (end - begin)) - 1;
+    runnable.clear();
+    for (int t = begin; t < end; ++t) runnable.push_back(t);
+  }
+
+  Room* free_room() {
+    for (auto& room : rooms) {
+      if (room.get() != given && room->readers == 0) return room.get();
+    }
+    rooms.push_back(std::make_unique<Room>());
+    return rooms.back().get();
+  }
+
+  void stop_taking(int lane) {
+    if (taken[lane] != nullptr) taken[lane]->readers &= ~(1u << lane);
+    taken[lane] = nullptr;
+  }
+  // Lanes of a part of the warp may be several meetings ahead of the others.
+  void let_take(Room* room) {
+    room->readers = mask;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      if (mask >> lane & 1) taken[lane] = room;
+    }
+  }
 };
 
 }  // namespace
@@ -116,13 +149,7 @@ class Block {
     barrier_arrived_ = num_finished_ = 0;
     error_ = nullptr;
     for (int w = 0; w < int(warps_.size()); ++w) {
-      Warp& warp = warps_[w];
-      int const lanes = std::min(kLanes, grid_.threads - w * kLanes);
-      warp.lanes = lanes == kLanes ? ~0u : (1u << lanes) - 1;
-      warp.operation = nullptr;
-      warp.arrived = 0;
-      warp.runnable.clear();
-      for (int lane = 0; lane < lanes; ++lane) warp.runnable.push_back(w * kLanes + lane);
+      warps_[w].reset(w * kLanes, std::min((w + 1) * kLanes, grid_.threads));
     }
     num_runnable_ = grid_.threads;
     blockIdx = {static_cast<unsigned>(index), 0, 0};
@@ -178,8 +205,7 @@ class Block {
   }
 
   void give(int bytes, int count, int const* places, void const* values) {
-    Warp& warp = my_warp();
-    std::byte* const room = warp.given[warp.side];
+    std::byte* const room = my_warp().given->bytes;
     auto const* const from = static_cast<std::byte const*>(values);
     for (int i = 0; i < count; ++i) {
       std::byte* const place = room + places[i] * bytes;
@@ -190,7 +216,7 @@ class Block {
   }
 
   void take(int bytes, int count, int const* places, void* values) {
-    std::byte const* const room = my_warp().taken;
+    std::byte const* const room = my_warp().taken[lane()]->bytes;
     auto* const to = static_cast<std::byte*>(values);
     for (int i = 0; i < count; ++i) {
       std::byte const* const place = room + places[i] * bytes;
@@ -200,21 +226,21 @@ class Block {
     }
   }
 
-  // What lanes gave becomes what they take. The two rooms take turns: a lane that runs ahead gives for the next meeting
-  // while others still take from this one.
+  // What lanes gave becomes what they take.
   void meet(char const* operation, unsigned mask) {
     if (!arrive(operation, mask)) return suspend(operation);
     Warp& warp = my_warp();
-    warp.taken = warp.given[warp.side];
-    warp.side ^= 1;
+    warp.let_take(warp.given);
+    warp.given = warp.free_room();
     depart();
   }
 
   void meet_and_multiply(Product const& p) {
     if (!arrive("mma", ~0u)) return suspend("mma");
     Warp& warp = my_warp();
-    auto const* const given = reinterpret_cast<float const*>(warp.given[warp.side]);
-    auto* const product = reinterpret_cast<float*>(warp.product);
+    Room* const result = warp.free_room();
+    auto const* const given = reinterpret_cast<float const*>(warp.given->bytes);
+    auto* const product = reinterpret_cast<float*>(result->bytes);
     for (int g = 0; g < p.groups; ++g) {
       float const* const a = given + g * p.size();
       float const* const b = a + p.begin_b();
@@ -228,7 +254,7 @@ class Block {
         }
       }
     }
-    warp.taken = warp.product;
+    warp.let_take(result);
     depart();
   }
 
@@ -292,6 +318,7 @@ class Block {
       throw Error(std::string("lanes of a warp are in ") + warp.operation + " and in " + operation +
                   " at once, or with different masks");
     }
+    warp.stop_taking(lane());
     warp.arrived |= 1u << lane();
     return warp.arrived == mask;
   }
@@ -326,9 +353,9 @@ class Block {
       if (num_finished_ < grid_.threads) fail(std::make_exception_ptr(Error(describe_deadlock())));
       return host_;
     }
-    int const start = keeps_order_ ? 0 : random_.below(int(order_.size()));
-    int i = start;
-    while (warps_[order_[i]].runnable.empty()) i = i + 1 < int(order_.size()) ? i + 1 : 0;
+    if (!keeps_order_ && random_.below(kLanes) == 0) shuffle_warps();
+    int i = 0;
+    while (warps_[order_[i]].runnable.empty()) ++i;
     std::vector<int>& runnable = warps_[order_[i]].runnable;
     int const place = random_.below(int(runnable.size()));
     thread_ = runnable[place];
@@ -369,7 +396,7 @@ class Block {
   std::vector<char> finished_;
   std::vector<Warp> warps_;
   std::vector<int> order_;  // of warps
-  bool keeps_order_ = false;  // one warp runs as far as it can before the next; else any, at every meeting
+  bool keeps_order_ = false;  // one warp runs as far as it can before the next; else they overtake each other
   struct Free {
     void operator()(char* memory) const { std::free(memory); }
   };

@@ -13,7 +13,7 @@ namespace natten::emulation {
 class Copies {
  public:
   void start(bool are_late);  // of a thread
-  void clear();               // after its end
+  void clear();  // after its end
   void issue(void const* source, void* destination, int bytes, bool is_present);
   void commit();
   void wait(int pending);
@@ -35,7 +35,7 @@ class Copies {
   void finish_first();
 
   bool are_late_ = true;
-  int first_ = 0;             // number of the first of these groups
+  int first_ = 0;  // number of the first of these groups
   std::deque<Group> groups_;  // under way; the last is not committed yet
   History histories_[kHistories];
 };
