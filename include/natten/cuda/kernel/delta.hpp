@@ -2,19 +2,17 @@
 // What the backward pass subtracts from every slope: delta = rowsum(d_output * output) - d_lse.
 #pragma once
 
-#include <cute/tensor.hpp>
-
 #include "natten/arguments.hpp"
+#include "natten/cuda/collective/warp.hpp"
 
 namespace natten::cuda {
 
 // A warp a row: a query of one head of one sample.
 template <class Element>
 struct Delta {
-  using Real = cute::conditional_t<cute::is_same_v<Element, double>, double, float>;
-  static constexpr int kThreads = 128;
+  using Real = Accumulator<Element>;
+  static constexpr int kThreads = Warps::kThreads;
   static constexpr int kMinBlocks = 1;
-  static constexpr int kRowsPerBlock = kThreads / 32;
 
   struct Params {
     TensorRef output, d_output, d_lse;
@@ -24,15 +22,10 @@ struct Delta {
     int heads, head_dim;
   };
 
-  static std::int64_t blocks(Params const& p) {
-    std::int64_t const wanted = (p.rows + kRowsPerBlock - 1) / kRowsPerBlock;
-    return wanted < 0x7fffffff ? wanted : 0x7fffffff;
-  }
+  static std::int64_t blocks(Params const& p) { return Warps::blocks(p.rows); }
 
   CUTE_DEVICE void operator()(Params const& p, char*) const {
-    int const lane = threadIdx.x % 32;
-    std::int64_t row = std::int64_t{blockIdx.x} * kRowsPerBlock + threadIdx.x / 32;
-    for (; row < p.rows; row += std::int64_t{gridDim.x} * kRowsPerBlock) {
+    Warps::for_each_row(p.rows, [&](std::int64_t row) {
       std::int64_t rest = row;
       int const head = static_cast<int>(rest % p.heads);
       rest /= p.heads;
@@ -43,16 +36,11 @@ struct Delta {
       }
       auto const output = static_cast<Element const*>(p.output.data) + offset(p.output, rest, head, x);
       auto const d_output = static_cast<Element const*>(p.d_output.data) + offset(p.d_output, rest, head, x);
-      Real sum = 0;
-      for (int d = lane; d < p.head_dim; d += 32) sum += Real(output[d]) * Real(d_output[d]);
-      for (int bit = 16; bit > 0; bit /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, bit);
-      if (lane == 0) {
-        if (p.d_lse.data != nullptr) {
-          sum -= static_cast<Real const*>(p.d_lse.data)[offset(p.d_lse, rest, head, x)];
-        }
-        p.delta[row] = sum;
-      }
-    }
+      Real delta = Warps::dot(output, d_output, p.head_dim);
+      if (Warps::lane() != 0) return;
+      if (p.d_lse.data != nullptr) delta -= static_cast<Real const*>(p.d_lse.data)[offset(p.d_lse, rest, head, x)];
+      p.delta[row] = delta;
+    });
   }
 
  private:
@@ -61,6 +49,20 @@ struct Delta {
            x[2] * t.stride_axis[2];
   }
 };
+
+// Delta, for the kernels that read it.
+inline TensorRef delta_tensor(Problem const& problem, void* data) {
+  TensorRef delta;
+  delta.data = data;
+  delta.stride_head = 1;
+  std::int64_t stride = problem.heads;
+  for (int axis = kMaxRank - 1; axis >= 0; --axis) {
+    delta.stride_axis[axis] = stride;
+    stride *= problem.axes[axis].query_extent;
+  }
+  delta.stride_batch = stride;
+  return delta;
+}
 
 template <class Element>
 typename Delta<Element>::Params make_delta_params(BackwardArguments const& a, void* delta) {
