@@ -20,20 +20,22 @@
 namespace natten {
 namespace {
 
+using namespace cuda;
+
 // A factorisation of `tokens` on the axes of a grid.
 void choose_sides(int tokens, int rank, int (&sides)[kMaxRank]) {
   for (int& side : sides) side = 1;
   for (; tokens > 1; tokens /= 2) sides[random_int(kMaxRank - rank, kMaxRank - 1)] *= 2;
 }
 
-cuda::TileShapes random_tiles(cuda::KernelInfo const& kernel, int rank) {
-  cuda::TileShapes shapes;
+TileShapes random_tiles(KernelInfo const& kernel, int rank) {
+  TileShapes shapes;
   choose_sides(kernel.own_tokens, rank, shapes.own);
   choose_sides(kernel.streamed_tokens, rank, shapes.streamed);
   return shapes;
 }
 
-double tolerance(cuda::KernelInfo const& kernel) {
+double tolerance(KernelInfo const& kernel) {
   switch (kernel.dtype) {
     case DType::kFloat64:
       return 1e-12;
@@ -57,7 +59,7 @@ void must_succeed(Call const& call) {
   if (call(message, int(sizeof(message))) != 0) throw std::runtime_error(message);
 }
 
-bool passes(cuda::KernelInfo const& kernel, int number) {
+bool passes(KernelInfo const& kernel, int number) {
   generator.seed(number);
   Problem const problem = random_problem(kernel.dtype, std::min(kernel.max_head_dim, 512));
   Shapes const shapes(problem);
@@ -68,7 +70,7 @@ bool passes(cuda::KernelInfo const& kernel, int number) {
   Results wide(Shapes(wide_problem), Array::Fill::kNan), results(shapes, Array::Fill::kNan);
 
   cpu::naive_forward<double>(forward_arguments(wide_problem, wide_inputs, wide));
-  cuda::LaunchContext context;
+  LaunchContext context;
   context.by_query = random_tiles(kernel, problem.rank);
   context.by_key = random_tiles(kernel, problem.rank);
   std::unique_ptr<void, Free> workspace;
