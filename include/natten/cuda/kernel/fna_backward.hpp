@@ -26,14 +26,7 @@ struct FnaWorkspace {
       w.bytes += (floats * std::int64_t(sizeof(float)) + 255) / 256 * 256;
       return place;
     };
-    w.delta.stride_head = 1;
-    std::int64_t stride = problem.heads;
-    for (int axis = kMaxRank - 1; axis >= 0; --axis) {
-      w.delta.stride_axis[axis] = stride;
-      stride *= problem.axes[axis].query_extent;
-    }
-    w.delta.stride_batch = stride;
-    w.delta.data = take(problem.batch * stride);
+    w.delta = delta_tensor(problem, take(make_delta_params<float>(a, nullptr).rows));
     if (a.d_rpb != nullptr) {
       std::int64_t const items = Partition::make(problem, Side::kQuery, context.by_query).items / problem.heads;
       std::int64_t const wanted = (kBiasBlocks + problem.heads - 1) / problem.heads;
