@@ -105,6 +105,22 @@ struct Warp {
   }
 };
 
+// One product, of the tensor cores' numbers of rows: a constant, for the sake of vector instructions.
+template <int kM>
+void multiply(Product const& p, float const* a, float* d) {
+  float const* const b = a + p.begin_b();
+  float const* const c = a + p.begin_c();
+  for (int n = 0; n < p.n; ++n) {
+    float sum[kM];
+    for (int m = 0; m < kM; ++m) sum[m] = c[m + n * kM];
+    for (int k = 0; k < p.k; ++k) {
+      float const factor = b[n + k * p.n];
+      for (int m = 0; m < kM; ++m) sum[m] += a[m + k * kM] * factor;
+    }
+    for (int m = 0; m < kM; ++m) d[m + n * kM] = sum[m];
+  }
+}
+
 }  // namespace
 
 // One block at a time, on one thread of the operating system.
@@ -242,17 +258,8 @@ class Block {
     auto const* const given = reinterpret_cast<float const*>(warp.given->bytes);
     auto* const product = reinterpret_cast<float*>(result->bytes);
     for (int g = 0; g < p.groups; ++g) {
-      float const* const a = given + g * p.size();
-      float const* const b = a + p.begin_b();
-      float* const d = product + g * p.m * p.n;
-      for (int n = 0; n < p.n; ++n) {
-        float const* sum = a + p.begin_c() + n * p.m;
-        for (int k = 0; k < p.k; ++k) {
-          float const factor = b[n + k * p.n];
-          for (int m = 0; m < p.m; ++m) d[m + n * p.m] = sum[m] + a[m + k * p.m] * factor;
-          sum = d + n * p.m;
-        }
-      }
+      auto const multiply = p.m == 16 ? &emulation::multiply<16> : &emulation::multiply<8>;
+      multiply(p, given + g * p.size(), product + g * p.m * p.n);
     }
     warp.let_take(result);
     depart();
