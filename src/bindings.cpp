@@ -6,6 +6,9 @@
 #include <array>
 #include <atomic>
 #include <cstdlib>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -63,14 +66,30 @@ int index_of(std::array<char const*, N> const& names, std::string const& name, c
 
 Op op_of(std::string const& name) { return static_cast<Op>(index_of(kOpNames, name, "op")); }
 
-Problem make_problem(std::string const& dtype, std::vector<int> const& axes, std::int64_t batch, int heads,
-                     int heads_kv, int head_dim, int head_dim_value, int additional_keys, bool has_rpb, double scale) {
+// A problem, and the tile shapes that CUDA kernels run it with: found once, at the first launch.
+struct PlannedProblem : Problem {
+  TileShapes shapes_for(Side side, cuda::KernelInfo const& code) const {
+    if (code.own_tokens == 0) return {};
+    std::lock_guard const lock(*mutex);
+    auto const [entry, is_new] = shapes->try_emplace({static_cast<int>(side), code.own_tokens, code.streamed_tokens});
+    if (is_new) entry->second = choose_tile_shapes(*this, side, code.own_tokens, code.streamed_tokens);
+    return entry->second;
+  }
+
+  std::shared_ptr<std::mutex> mutex = std::make_shared<std::mutex>();
+  std::shared_ptr<std::map<std::array<int, 3>, TileShapes>> shapes =
+      std::make_shared<std::map<std::array<int, 3>, TileShapes>>();
+};
+
+PlannedProblem make_problem(std::string const& dtype, std::vector<int> const& axes, std::int64_t batch, int heads,
+                            int heads_kv, int head_dim, int head_dim_value, int additional_keys, bool has_rpb,
+                            double scale, bool allow_tf32) {
   int const rank = static_cast<int>(axes.size()) / kAxisFields;
   if (rank < 1 || rank > kMaxRank || rank * kAxisFields != static_cast<int>(axes.size())) {
     throw std::invalid_argument("axes must hold " + std::to_string(kAxisFields) + " integers for each of 1 to " +
                                 std::to_string(kMaxRank) + " axes, not " + std::to_string(axes.size()));
   }
-  Problem problem;
+  PlannedProblem problem;
   problem.dtype = static_cast<DType>(index_of(kDTypeNames, dtype, "dtype"));
   problem.rank = rank;
   for (int i = 0; i < rank; ++i) problem.axes[kMaxRank - rank + i] = make_axis(axes.data() + i * kAxisFields);
@@ -82,6 +101,7 @@ Problem make_problem(std::string const& dtype, std::vector<int> const& axes, std
   problem.additional_keys = additional_keys;
   problem.has_rpb = has_rpb;
   problem.scale = scale;
+  problem.allow_tf32 = allow_tf32;
   check(problem);
   choose_tiles(problem);
   return problem;
@@ -95,10 +115,32 @@ void check_present(Problem const& problem, bool additional_tokens, bool rpb) {
   if (rpb != problem.has_rpb) throw std::invalid_argument("rpb must be given if and only if the problem has one");
 }
 
-void forward(Problem const& problem, std::string const& kernel, TensorRef const& query, TensorRef const& key,
+cuda::LaunchContext launch_context(PlannedProblem const& problem, cuda::KernelInfo const& code, std::uintptr_t stream,
+                                   std::uintptr_t workspace) {
+  cuda::LaunchContext context;
+  context.stream = reinterpret_cast<void*>(stream);
+  context.workspace = reinterpret_cast<void*>(workspace);
+  context.by_query = problem.shapes_for(Side::kQuery, code);
+  if (code.is_backward != 0) context.by_key = problem.shapes_for(Side::kKey, code);
+  return context;
+}
+
+template <class Arguments, class Entry>
+void launch(Entry entry, Arguments const& arguments, cuda::LaunchContext const& context) {
+  std::array<char, 512> message{};
+  int failed;
+  {
+    py::gil_scoped_release const released;
+    failed = entry(&arguments, &context, message.data(), static_cast<int>(message.size()));
+  }
+  if (failed != 0) throw std::runtime_error(message.data());
+}
+
+void forward(PlannedProblem const& problem, std::string const& kernel, TensorRef const& query, TensorRef const& key,
              TensorRef const& value, TensorRef const& additional_keys, TensorRef const& additional_values,
-             std::uintptr_t rpb, TensorRef const& output, TensorRef const& lse, int num_threads) {
-  auto const run = find_kernel(kernel, Op::kForward, problem).forward;
+             std::uintptr_t rpb, TensorRef const& output, TensorRef const& lse, int num_threads, int arch,
+             std::uintptr_t stream, std::uintptr_t workspace) {
+  Kernel const& row = find_kernel(kernel, Op::kForward, problem, {arch, false, {}});
   check_present(problem, additional_keys && additional_values, rpb != 0);
   ForwardArguments a;
   a.problem = problem;
@@ -111,17 +153,22 @@ void forward(Problem const& problem, std::string const& kernel, TensorRef const&
   a.output = output;
   a.lse = lse;
   a.num_threads = num_threads;
+  if (row.cuda.is_cuda) {
+    cuda::KernelInfo const& code = *find_code(row);
+    launch(code.forward, a, launch_context(problem, code, stream, workspace));
+    return;
+  }
   py::gil_scoped_release const released;
-  run(a);
+  row.forward(a);
 }
 
-void backward(Problem const& problem, std::string const& kernel, TensorRef const& query, TensorRef const& key,
+void backward(PlannedProblem const& problem, std::string const& kernel, TensorRef const& query, TensorRef const& key,
               TensorRef const& value, TensorRef const& additional_keys, TensorRef const& additional_values,
               std::uintptr_t rpb, TensorRef const& output, TensorRef const& lse, TensorRef const& d_output,
               TensorRef const& d_lse, TensorRef const& d_query, TensorRef const& d_key, TensorRef const& d_value,
               TensorRef const& d_additional_keys, TensorRef const& d_additional_values, std::uintptr_t d_rpb,
-              int num_threads) {
-  auto const run = find_kernel(kernel, Op::kBackward, problem).backward;
+              int num_threads, int arch, std::uintptr_t stream, std::uintptr_t workspace) {
+  Kernel const& row = find_kernel(kernel, Op::kBackward, problem, {arch, false, {}});
   check_present(problem, additional_keys && additional_values, rpb != 0);
   check_present(problem, d_additional_keys && d_additional_values, d_rpb != 0);
   BackwardArguments a;
@@ -143,13 +190,32 @@ void backward(Problem const& problem, std::string const& kernel, TensorRef const
   a.d_additional_values = d_additional_values;
   a.d_rpb = reinterpret_cast<void*>(d_rpb);
   a.num_threads = num_threads;
+  if (row.cuda.is_cuda) {
+    cuda::KernelInfo const& code = *find_code(row);
+    launch(code.backward, a, launch_context(problem, code, stream, workspace));
+    return;
+  }
   py::gil_scoped_release const released;
-  run(a);
+  row.backward(a);
 }
 
 char const* forced_isa() {
   char const* const isa = std::getenv("NATTEN_CPU_ISA");
   return isa ? isa : "";
+}
+
+// Of device memory, that `backward` wants as its workspace.
+std::int64_t workspace_bytes(PlannedProblem const& problem, std::string const& kernel, int arch) {
+  Kernel const& row = find_kernel(kernel, Op::kBackward, problem, {arch, false, {}});
+  if (!row.cuda.is_cuda) return 0;
+  cuda::KernelInfo const& code = *find_code(row);
+  if (code.workspace_bytes == nullptr) return 0;
+  BackwardArguments arguments;
+  arguments.problem = problem;
+  std::int64_t nothing = 0;  // stands for a table that is there
+  if (problem.has_rpb) arguments.d_rpb = &nothing;
+  cuda::LaunchContext const context = launch_context(problem, code, 0, 0);
+  return code.workspace_bytes(&arguments, &context);
 }
 
 int num_parallel_threads(int num_threads) {
@@ -166,40 +232,75 @@ void register_kernels(py::module_& module) {
       .def_readonly("isa", &Kernel::isa)
       .def_property_readonly("dtypes", [](Kernel const& kernel) { return py::make_tuple(dtype_name(kernel.dtype)); })
       .def_readonly("max_head_dim", &Kernel::max_head_dim)
+      .def_property_readonly("is_cuda", [](Kernel const& kernel) { return kernel.cuda.is_cuda; })
+      .def_property_readonly("is_tf32", [](Kernel const& kernel) { return kernel.cuda.is_tf32; })
+      .def_property_readonly("min_arch", [](Kernel const& kernel) { return kernel.cuda.min_arch; })
+      .def_property_readonly("max_arch", [](Kernel const& kernel) { return kernel.cuda.max_arch; })
+      .def_property_readonly(
+          "tile",
+          [](Kernel const& kernel) { return py::make_tuple(kernel.cuda.own_tokens, kernel.cuda.streamed_tokens); })
+      .def_property_readonly("is_emulated", [](Kernel const& kernel) { return kernel.cuda.is_emulated; })
+      .def_property_readonly("archs",
+                             [](Kernel const& kernel) {
+                               cuda::KernelInfo const* const code = kernel.cuda.is_cuda ? find_code(kernel) : nullptr;
+                               if (code == nullptr) return std::vector<int>();
+                               return std::vector<int>(code->archs, code->archs + code->num_archs);
+                             })
       .def("__repr__", [](Kernel const& kernel) { return "<Kernel " + std::string(kernel.name) + ">"; });
 
-  py::class_<Problem>(module, "Problem")
+  py::class_<PlannedProblem>(module, "Problem")
       .def(py::init(&make_problem), py::arg("dtype"), py::arg("axes"), py::arg("batch"), py::arg("heads"),
            py::arg("heads_kv"), py::arg("head_dim"), py::arg("head_dim_value"), py::arg("additional_keys"),
-           py::arg("has_rpb"), py::arg("scale"));
+           py::arg("has_rpb"), py::arg("scale"), py::arg("allow_tf32") = false);
 
-  module.def("kernels", [] {
-    py::list list;
-    for (Kernel const& kernel : kernels()) list.append(py::cast(&kernel, py::return_value_policy::reference));
-    return list;
-  });
+  module.def(
+      "kernels",
+      [](std::string const& device) {
+        constexpr std::array<char const*, 2> kDevices = {"cpu", "cuda"};
+        bool const is_cpu = index_of(kDevices, device, "device") == 0;
+        py::list list;
+        for (Kernel const& kernel : kernels()) {
+          if (kernel.is_for_cpu() != is_cpu) continue;
+          list.append(py::cast(&kernel, py::return_value_policy::reference));
+        }
+        return list;
+      },
+      py::arg("device") = "cpu");
   module.def(
       "candidates",
-      [](Problem const& problem, std::string const& op, std::string const& backend, std::string const& isa) {
+      [](PlannedProblem const& problem, std::string const& op, std::string const& backend, std::string const& isa,
+         int arch, bool is_pretended) {
         py::list list;
-        for (Candidate const& candidate : candidates(problem, op_of(op), backend, isa)) {
+        for (Candidate const& candidate : candidates(problem, op_of(op), backend, {arch, is_pretended, isa})) {
           list.append(
               py::make_tuple(py::cast(candidate.kernel, py::return_value_policy::reference), candidate.reasons));
         }
         return list;
       },
-      py::arg("problem"), py::arg("op"), py::arg("backend"), py::arg("isa"));
+      py::arg("problem"), py::arg("op"), py::arg("backend"), py::arg("isa"), py::arg("arch") = 0,
+      py::arg("is_pretended") = false);
   module.def("cpu_isas", &cpu_isas);
   module.def("forced_isa", &forced_isa);
 
   module.def("forward", &forward, py::arg("problem"), py::arg("kernel"), py::arg("query"), py::arg("key"),
              py::arg("value"), py::arg("additional_keys"), py::arg("additional_values"), py::arg("rpb"),
-             py::arg("output"), py::arg("lse"), py::arg("num_threads"));
+             py::arg("output"), py::arg("lse"), py::arg("num_threads"), py::arg("arch") = 0, py::arg("stream") = 0,
+             py::arg("workspace") = 0);
   module.def("backward", &backward, py::arg("problem"), py::arg("kernel"), py::arg("query"), py::arg("key"),
              py::arg("value"), py::arg("additional_keys"), py::arg("additional_values"), py::arg("rpb"),
              py::arg("output"), py::arg("lse"), py::arg("d_output"), py::arg("d_lse"), py::arg("d_query"),
              py::arg("d_key"), py::arg("d_value"), py::arg("d_additional_keys"), py::arg("d_additional_values"),
-             py::arg("d_rpb"), py::arg("num_threads"));
+             py::arg("d_rpb"), py::arg("num_threads"), py::arg("arch") = 0, py::arg("stream") = 0,
+             py::arg("workspace") = 0);
+  module.def("workspace_bytes", &workspace_bytes, py::arg("problem"), py::arg("kernel"), py::arg("arch") = 0);
+  module.def("load_kernels", &load_kernels, py::arg("path"));
+  module.def("libraries", [] {
+    py::list list;
+    for (LoadedLibrary const& library : libraries()) {
+      list.append(py::make_tuple(library.path, library.contents->toolkit, library.contents->num_kernels));
+    }
+    return list;
+  });
 }
 
 template <std::size_t N>

@@ -15,7 +15,7 @@ namespace natten {
 namespace {
 
 Kernel const& kernel_of(std::string const& backend, Op op, Problem const& problem, std::string const& isa) {
-  for (Candidate const& candidate : candidates(problem, op, backend, isa)) {
+  for (Candidate const& candidate : candidates(problem, op, backend, {0, false, isa})) {
     if (candidate.reasons.empty()) return *candidate.kernel;
   }
   throw std::runtime_error("no kernel of " + backend + " for " + isa);

@@ -18,6 +18,13 @@ struct TileTable {
   int shape[2][kSizes][kMaxRank] = {};
 };
 
+// A thread block of a GPU owns a box of tokens and streams boxes of the other side past it. Both are factorisations, axis
+// by axis, of the numbers of tokens that its kernel was compiled for.
+struct TileShapes {
+  int own[kMaxRank] = {1, 1, 1};
+  int streamed[kMaxRank] = {1, 1, 1};
+};
+
 struct Problem {
   DType dtype = DType::kFloat32;
   int rank = 1;          // of the grid, as the user sees it
@@ -30,6 +37,7 @@ struct Problem {
   int additional_keys = 0;  // dense keys behind the window, attended by every query
   bool has_rpb = false;
   double scale = 1.0;
+  bool allow_tf32 = false;  // float32 products on a GPU may round their factors
   TileTable tiles;  // filled by choose_tiles (tiling.hpp)
 
   NATTEN_INLINE int group_size() const { return heads / heads_kv; }

@@ -90,6 +90,51 @@ NATTEN_INLINE void choose_tile(Problem const& problem, Side side, int tokens, in
   }
 }
 
+// The shapes of own and streamed tiles, of these numbers of tokens (powers of two), with which own tiles visit the fewest
+// streamed tiles: on each axis the sum over own tiles of those visited, multiplied over axes. Long axes are sampled, at
+// kSamples tiles; dilation group 0 speaks for all. Among equals the longest along the last axis.
+inline TileShapes choose_tile_shapes(Problem const& problem, Side side, int own, int streamed) {
+  constexpr int kMaxLog = 8;
+  constexpr int kSamples = 512;
+  auto const log2 = [](int x) {
+    int log = 0;
+    while ((1 << log) < x) ++log;
+    return log;
+  };
+  int const own_log = log2(own), streamed_log = log2(streamed);
+  double cost[kMaxRank][kMaxLog + 1][kMaxLog + 1] = {};
+  for (int a = 0; a < kMaxRank; ++a) {
+    Group const group = problem.axes[a].group(0);
+    Interval const tokens = tile_side(group, side);
+    for (int i = 0; i <= own_log; ++i) {
+      int const tiles = ceil_div(tokens.size(), 1 << i);
+      int const step = ceil_div(tiles, kSamples) > 0 ? ceil_div(tiles, kSamples) : 1;
+      for (int t = 0; t < tiles; t += step) {
+        int const begin = tokens.begin + (t << i);
+        Interval const stream = stream_of(group, side, {begin, min(begin + (1 << i), tokens.end)});
+        for (int j = 0; j <= streamed_log; ++j) cost[a][i][j] += double(step) * ceil_div(stream.size(), 1 << j);
+      }
+    }
+  }
+  TileShapes best;
+  double least = -1;
+  for (int i0 = 0; i0 <= own_log; ++i0) {
+    for (int i1 = 0; i0 + i1 <= own_log; ++i1) {
+      int const i2 = own_log - i0 - i1;
+      for (int j0 = 0; j0 <= streamed_log; ++j0) {
+        for (int j1 = 0; j0 + j1 <= streamed_log; ++j1) {
+          int const j2 = streamed_log - j0 - j1;
+          double const c = cost[0][i0][j0] * cost[1][i1][j1] * cost[2][i2][j2];
+          if (least >= 0 && c >= least) continue;
+          least = c;
+          best = {{1 << i0, 1 << i1, 1 << i2}, {1 << j0, 1 << j1, 1 << j2}};
+        }
+      }
+    }
+  }
+  return best;
+}
+
 // Fills problem.tiles. Costs a few evaluations of `window` a token: once for a problem, not once a call.
 NATTEN_INLINE void choose_tiles(Problem& problem) {
   for (int side = 0; side < 2; ++side) {

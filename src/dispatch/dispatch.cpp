@@ -105,15 +105,66 @@ std::string resolve_isa(std::string const& wanted) {
                               (possible.empty() ? "there are none: unset it" : "possible here: " + list));
 }
 
-std::vector<std::string> reasons(Kernel const& kernel, Problem const& problem, std::string const& isa) {
+namespace {
+
+std::string arch_name(int arch) { return arch == 0 ? "the CPU" : "SM" + std::to_string(arch); }
+
+// A binary for one architecture runs on later ones of the same generation.
+bool runs_on(cuda::KernelInfo const& code, int arch) {
+  return std::any_of(code.archs, code.archs + code.num_archs,
+                     [&](int compiled) { return compiled / 10 == arch / 10 && compiled <= arch; });
+}
+
+void cpu_reasons(Kernel const& kernel, Device const& device, bool is_named, std::vector<std::string>& why) {
+  if (device.arch != 0) {
+    why.push_back("runs on the CPU, and the tensors are on " + arch_name(device.arch));
+  } else if (!runs_here(kernel.isa)) {
+    why.push_back("needs " + std::string(kernel.isa) + ", which this CPU does not have");
+  } else if (!is_named && kernel.isa != device.isa && kernel.isa != std::string(kBaseline)) {
+    why.push_back("is compiled for " + std::string(kernel.isa) + ", and " + device.isa + " is in force");
+  }
+}
+
+void cuda_reasons(Kernel const& kernel, Problem const& problem, Device const& device, bool is_named,
+                  std::vector<std::string>& why) {
+  CudaTraits const& traits = kernel.cuda;
+  if (traits.is_emulated) {
+    if (!is_named) why.push_back("is emulated on the CPU, for tests, and must be named");
+    return;
+  }
+  if (device.arch == 0) {
+    why.push_back("runs on a GPU, and the tensors are on the CPU");
+    return;
+  }
+  if (device.arch < traits.min_arch || (!is_named && device.arch > traits.max_arch)) {
+    why.push_back("is for " + arch_name(traits.min_arch) + " to " + arch_name(traits.max_arch) +
+                  ", and the tensors are on " + arch_name(device.arch));
+  }
+  if (traits.is_tf32 && !problem.allow_tf32 && !is_named) {
+    why.push_back("rounds to TF32, which torch.backends.cuda.matmul does not allow");
+  }
+  if (device.is_pretended) return;
+  cuda::KernelInfo const* const code = find_code(kernel);
+  if (code == nullptr) {
+    why.push_back("is not in this build of natten (NATTEN_CUDA, NATTEN_CUDA_ARCHS)");
+  } else if (!runs_on(*code, device.arch)) {
+    std::string archs;
+    for (int i = 0; i < code->num_archs; ++i) archs += (i > 0 ? ", " : "") + arch_name(code->archs[i]);
+    why.push_back("is compiled for " + archs + ", and the tensors are on " + arch_name(device.arch));
+  }
+}
+
+}  // namespace
+
+std::vector<std::string> reasons(Kernel const& kernel, Problem const& problem, Device const& device, bool is_named) {
   std::vector<std::string> why;
   if (kernel.dtype != problem.dtype) {
     why.push_back("computes " + dtype_name(kernel.dtype) + ", and the problem is " + dtype_name(problem.dtype));
   }
-  if (!runs_here(kernel.isa)) {
-    why.push_back("needs " + std::string(kernel.isa) + ", which this CPU does not have");
-  } else if (kernel.isa != isa && kernel.isa != std::string(kBaseline)) {
-    why.push_back("is compiled for " + std::string(kernel.isa) + ", and " + isa + " is in force");
+  if (kernel.cuda.is_cuda) {
+    cuda_reasons(kernel, problem, device, is_named, why);
+  } else {
+    cpu_reasons(kernel, device, is_named, why);
   }
   int const head_dim = std::max(problem.head_dim, problem.head_dim_value);
   if (head_dim > kernel.max_head_dim) {
@@ -123,22 +174,24 @@ std::vector<std::string> reasons(Kernel const& kernel, Problem const& problem, s
   return why;
 }
 
-std::vector<Candidate> candidates(Problem const& problem, Op op, std::string const& backend, std::string const& isa) {
-  std::string const resolved = resolve_isa(isa);
+std::vector<Candidate> candidates(Problem const& problem, Op op, std::string const& backend, Device const& device) {
+  Device resolved = device;
+  if (device.arch == 0) resolved.isa = resolve_isa(device.isa);
   std::vector<Candidate> list;
   for (Kernel const& kernel : kernels()) {
-    if (kernel.op != op || (backend != "auto" && backend != kernel.backend)) continue;
-    list.push_back({&kernel, reasons(kernel, problem, resolved)});
+    bool const is_named = backend == kernel.name;
+    if (kernel.op != op || (backend != "auto" && backend != kernel.backend && !is_named)) continue;
+    if (!is_named && kernel.is_for_cpu() != (device.arch == 0)) continue;
+    list.push_back({&kernel, reasons(kernel, problem, resolved, is_named)});
   }
   return list;
 }
 
-Kernel const& find_kernel(std::string const& name, Op op, Problem const& problem) {
+Kernel const& find_kernel(std::string const& name, Op op, Problem const& problem, Device const& device) {
   auto const& table = kernels();
   auto const kernel = std::find_if(table.begin(), table.end(), [&](Kernel const& row) { return row.name == name; });
   require(kernel != table.end() && kernel->op == op, "there is no " + op_name(op) + " kernel called '" + name + "'");
-  // Whoever names a kernel has chosen its ISA with it.
-  auto const why = reasons(*kernel, problem, kernel->isa);
+  auto const why = reasons(*kernel, problem, device, true);
   require(why.empty(), why.empty() ? "" : name + " " + why.front());
   return *kernel;
 }

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "dispatch/table.hpp"
+#include "dispatch/libraries.hpp"
 
 namespace natten {
 
@@ -26,13 +26,22 @@ std::vector<std::string> cpu_isas();
 // The ISA that is meant by `wanted` ("": the best). Throws std::invalid_argument if this CPU does not run it.
 std::string resolve_isa(std::string const& wanted);
 
-// Why `kernel` cannot run `problem` when `isa` is in force, as sentences; empty: it can.
-std::vector<std::string> reasons(Kernel const& kernel, Problem const& problem, std::string const& isa);
+// Where a problem's tensors are.
+struct Device {
+  int arch = 0;              // 86 for SM86; 0: the CPU
+  bool is_pretended = false; // asked about only: code need not be there
+  std::string isa;           // of the CPU, in force
+};
 
-// The kernels of an op and backend ("auto": all), in order of preference.
-std::vector<Candidate> candidates(Problem const& problem, Op op, std::string const& backend, std::string const& isa);
+// Why `kernel` cannot run `problem` on `device`, as sentences; empty: it can. A kernel that was named may be of another
+// ISA than the one in force, and of an older architecture than it would be chosen on.
+std::vector<std::string> reasons(Kernel const& kernel, Problem const& problem, Device const& device, bool is_named);
+
+// The kernels of an op, device and backend, in order of preference. The backend may be "auto", for all of them, or the
+// name of one kernel.
+std::vector<Candidate> candidates(Problem const& problem, Op op, std::string const& backend, Device const& device);
 
 // By exact name. Throws std::invalid_argument if there is none, or if it cannot run the problem.
-Kernel const& find_kernel(std::string const& name, Op op, Problem const& problem);
+Kernel const& find_kernel(std::string const& name, Op op, Problem const& problem, Device const& device);
 
 }  // namespace natten

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// What was compiled in. Both lists are generated from src/codegen/table.py.
+// The kernels there are. Both lists of this library are generated from src/codegen/table.py.
 #pragma once
 
 #include <vector>
@@ -15,21 +15,33 @@ struct Isa {
   bool runs_here;  // on this CPU, under this operating system
 };
 
+// What dispatch asks of a CUDA kernel besides; `is_cuda` is false for the CPU's.
+struct CudaTraits {
+  bool is_cuda = false;
+  bool is_emulated = false;  // its code runs on the CPU: for tests, by name only
+  bool is_tf32 = false;
+  int min_arch = 0, max_arch = 0;  // that it is chosen on
+  int own_tokens = 0, streamed_tokens = 0;
+};
+
 struct Kernel {
   char const* name;
   Op op;
   char const* backend;
-  char const* isa;
+  char const* isa;  // or the policy of a CUDA kernel
   DType dtype;
   int max_head_dim;
   void (*forward)(ForwardArguments const&);    // null unless op is kForward
-  void (*backward)(BackwardArguments const&);  // null unless op is kBackward
+  void (*backward)(BackwardArguments const&);  // null unless op is kBackward; CUDA's are in libraries (libraries.hpp)
+  CudaTraits cuda;
+
+  bool is_for_cpu() const { return !cuda.is_cuda || cuda.is_emulated; }
 };
 
 // Without the baseline, which runs everywhere; best first.
 std::vector<Isa> const& isas();
 
 // In order of preference.
-std::vector<Kernel> const& kernels();
+std::vector<Kernel> const& own_kernels();
 
 }  // namespace natten

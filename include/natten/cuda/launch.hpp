@@ -19,11 +19,18 @@
 
 #include "natten/cuda/library.hpp"
 
+// Parameters stay in constant memory, wherever they are indexed; SM50 and SM60 copy those to the stack.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 700
+#define NATTEN_GRID_CONSTANT __grid_constant__
+#else
+#define NATTEN_GRID_CONSTANT
+#endif
+
 namespace natten::cuda {
 
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
-    run_on_device(__grid_constant__ typename Kernel::Params const params) {
+    run_on_device(NATTEN_GRID_CONSTANT typename Kernel::Params const params) {
   extern __shared__ __align__(128) char shared[];
   Kernel{}(params, shared);
 }

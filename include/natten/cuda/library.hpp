@@ -10,13 +10,6 @@ namespace natten::cuda {
 // Raised with every change of a struct below, or of one that is reached from it.
 constexpr int kAbiVersion = 1;
 
-// A thread block owns a box of tokens and streams boxes of the other side past it. Both are factorisations, axis by
-// axis, of the numbers of tokens that the kernel was compiled for.
-struct TileShapes {
-  int own[kMaxRank] = {1, 1, 1};
-  int streamed[kMaxRank] = {1, 1, 1};
-};
-
 struct LaunchContext {
   void* stream = nullptr;     // cudaStream_t
   void* workspace = nullptr;  // workspace_bytes() of device memory, aligned to 256 bytes
@@ -48,6 +41,7 @@ struct Library {
   int num_kernels;
   KernelInfo const* kernels;
   char const* toolkit;  // such as "CUDA 13.0"
+  int on_host;          // its kernels run on the CPU, on host memory: only for tests, by name
 };
 
 }  // namespace natten::cuda

@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: MIT
+// Libraries of CUDA kernels: the package's own, loaded when a CUDA kernel is first needed, and those that users load.
+#pragma once
+
+#include <list>
+#include <string>
+
+#include "dispatch/table.hpp"
+#include "natten/cuda/library.hpp"
+
+namespace natten {
+
+// Every kernel there is, in order of preference: those of users' libraries (the last loaded first), then our own.
+// Elements stay where they are.
+std::list<Kernel> const& kernels();
+
+// A library that was loaded.
+struct LoadedLibrary {
+  std::string path;
+  cuda::Library const* contents;
+};
+std::list<LoadedLibrary> const& libraries();
+
+// Loads a user's library. Throws std::invalid_argument if it is none, was built against another version, or has a
+// kernel of a name that is taken. The kernels of an emulated library are called "emulated_...".
+void load_kernels(std::string const& path);
+
+// The code of a CUDA kernel; null if no library that is loaded, or comes with the package, has it.
+cuda::KernelInfo const* find_code(Kernel const& kernel);
+
+}  // namespace natten
