@@ -1,15 +1,19 @@
 """Writes the C++ files that instantiate the kernel table, and tells CMake about them.
 
-Usage: generate.py --architecture x86_64 --output <folder in the build tree>
+Usage:
+    generate.py --architecture x86_64 --output <folder in the build tree>       the CPU's kernels, and dispatch's table
+    generate.py --cuda-output <folder> --cuda-archs "80;89" [--all-policies] [--table my_table.py]
+    generate.py --cuda-output <folder> --select emulation [--only sm80]
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import runpy
 from pathlib import Path
 
-from table import BASELINE, ISAS, ROWS, Isa, Row
+from table import ANY_ARCH, BASELINE, CUDA_ROWS, ISAS, ROWS, CudaRow, Isa, Row, emulated
 
 # dtype of a row -> C++ storage type, enumerator of natten::DType.
 STORAGE = {
@@ -18,20 +22,33 @@ STORAGE = {
     "bf16": ("BFloat16", "kBFloat16"),
     "f16": ("Float16", "kFloat16"),
 }
+CUDA_STORAGE = {
+    "f64": "double",
+    "f32": "float",
+    "bf16": "cutlass::bfloat16_t",
+    "f16": "cutlass::half_t",
+}
 OPS = ("forward", "backward")
 
 
-def check(rows: tuple[Row, ...]) -> None:
+def check(rows: tuple[Row, ...], cuda_rows: tuple[CudaRow, ...]) -> None:
     """Raises ValueError for a table that cannot be right."""
-    names = [row.name for row in rows]
+    everything: tuple[Row | CudaRow, ...] = (*rows, *cuda_rows)
+    names = [each.name for each in everything]
     for name in names:
         if names.count(name) > 1:
             msg = f"two rows of the kernel table are called {name}"
             raise ValueError(msg)
-    for row in rows:
-        if row.op not in OPS or row.dtype not in STORAGE or row.max_head_dim < 1:
-            msg = f"malformed row of the kernel table: {row}"
+    for each in everything:
+        if each.op not in OPS or each.dtype not in STORAGE or each.max_head_dim < 1:
+            msg = f"malformed row of the kernel table: {each}"
             raise ValueError(msg)
+    for cuda_row in cuda_rows:
+        sizes = (cuda_row.own, cuda_row.streamed, cuda_row.stages)
+        if cuda_row.policy is not ANY_ARCH and any(size < 1 or size & (size - 1) for size in sizes):
+            msg = f"{cuda_row.name}: own, streamed and stages must be powers of two, not {sizes}"
+            raise ValueError(msg)
+    for row in rows:
         if row.isa is not BASELINE and row.isa not in ISAS:
             msg = f"{row.name}: ISA {row.isa.id} is not in ISAS"
             raise ValueError(msg)
@@ -61,7 +78,7 @@ def supports(isa: Isa) -> str:
 
 
 def table(rows: list[Row], isas: list[Isa]) -> str:
-    """The file that lists the rows for dispatch."""
+    """The file that lists the rows for dispatch, of CUDA kernels their descriptions."""
     declarations = "\n".join(
         f"namespace natten::cpu::{row.isa.namespace} {{ {signature(row)}; }}" for row in rows
     )
@@ -72,7 +89,13 @@ def table(rows: list[Row], isas: list[Isa]) -> str:
         forward, backward = (function if row.op == op else "nullptr" for op in OPS)
         entries.append(
             f'    {{"{row.name}", Op::k{row.op.capitalize()}, "{row.backend}", "{row.isa.id}", '
-            f"DType::{STORAGE[row.dtype][1]}, {row.max_head_dim}, {forward}, {backward}}},"
+            f"DType::{STORAGE[row.dtype][1]}, {row.max_head_dim}, {forward}, {backward}, {{}}}},"
+        )
+    for cuda_row in CUDA_ROWS:
+        entries.append(
+            f'    {{"{cuda_row.name}", Op::k{cuda_row.op.capitalize()}, "{cuda_row.backend}", '
+            f'"{cuda_row.policy.id}", DType::{STORAGE[cuda_row.dtype][1]}, {cuda_row.max_head_dim}, nullptr, nullptr, '
+            f"{cuda_traits(cuda_row)}}},"
         )
     newline = "\n"
     return f"""\
@@ -89,7 +112,7 @@ std::vector<Isa> const& isas() {{
   return table;
 }}
 
-std::vector<Kernel> const& kernels() {{
+std::vector<Kernel> const& own_kernels() {{
   static std::vector<Kernel> const table = {{
 {newline.join(entries)}
   }};
@@ -98,6 +121,123 @@ std::vector<Kernel> const& kernels() {{
 
 }}  // namespace natten
 """
+
+
+def cuda_traits(row: CudaRow) -> str:
+    """C++ initializer of natten::CudaTraits."""
+    policy = row.policy
+    return (
+        f"{{true, false, {str(policy.is_tf32).lower()}, {policy.min_arch}, {policy.max_arch}, "
+        f"{row.own}, {row.streamed}}}"
+    )
+
+
+def cuda_instantiation(row: CudaRow) -> str:
+    """The file that compiles one row: its entry points, as natten/cuda/library.hpp describes them."""
+    element = CUDA_STORAGE[row.dtype]
+    if row.policy is ANY_ARCH:
+        header, argument = "", element
+        kernel_header = "naive"
+    else:
+        header = f'#include "natten/cuda/policy/{row.policy.header}.hpp"\n'
+        argument = f"{row.policy.id}<{element}, {row.max_head_dim}, {row.own}, {row.streamed}, {row.stages}>"
+        kernel_header = f"{row.backend}_{row.op}"
+    kind = f"{row.op.capitalize()}Arguments"
+    workspace = ""
+    if row.op == "backward":
+        workspace = f"""
+std::int64_t {row.name}_workspace(BackwardArguments const* arguments, LaunchContext const* context) {{
+  return {row.backend}_backward_workspace<{argument}>(*arguments, *context);
+}}
+"""
+    return f"""\
+#include "natten/cuda/kernel/{kernel_header}.hpp"
+{header}#include "natten/cuda/entry.hpp"
+#include "natten/cuda/launch.hpp"
+
+namespace natten::cuda {{
+
+int {row.name}({kind} const* arguments, LaunchContext const* context, char* message, int size) {{
+  return report_failure("{row.name}", message, size, [&] {{
+    run_{row.backend}_{row.op}<{argument}>(*arguments, *context, Launcher(*context));
+  }});
+}}
+{workspace}
+}}  // namespace natten::cuda
+"""
+
+
+def compiled_archs(row: CudaRow, archs: list[int], *, all_policies: bool) -> list[int]:
+    """The architectures, of those asked for, that a row is compiled for."""
+    last = max(archs, default=0) if all_policies else row.policy.max_arch
+    return [arch for arch in archs if row.policy.min_arch <= arch <= last]
+
+
+def cuda_library(rows: list[tuple[CudaRow, list[int]]], *, on_host: bool) -> str:
+    """The file that lists a library's rows for whoever loads it."""
+    declarations, entries = [], []
+    for row, archs in rows:
+        arguments = f"{row.op.capitalize()}Arguments const*, LaunchContext const*, char*, int"
+        declarations.append(f"int {row.name}({arguments});")
+        workspace = "nullptr"
+        if row.op == "backward":
+            workspace = f"&{row.name}_workspace"
+            declarations.append(
+                f"std::int64_t {row.name}_workspace(BackwardArguments const*, LaunchContext const*);"
+            )
+        declarations.append(
+            f"constexpr int {row.name}_archs[] = {{{', '.join(map(str, archs)) or '0'}}};"
+        )
+        forward, backward = (f"&{row.name}" if row.op == op else "nullptr" for op in OPS)
+        name = (
+            f"{row.name}_emulated" if on_host else row.name
+        )  # so as not to stand for the real one
+        entries.append(
+            f'    {{"{name}", "{row.backend}", "{row.policy.id}", {int(row.op == "backward")}, '
+            f"DType::{STORAGE[row.dtype][1]}, {int(row.policy.is_tf32)}, {row.policy.min_arch}, "
+            f"{row.policy.max_arch}, {row.max_head_dim}, {row.own}, {row.streamed}, {row.name}_archs, {len(archs)}, "
+            f"{workspace}, {forward}, {backward}}},"
+        )
+    newline = "\n"
+    toolkit = '"emulation on the CPU"' if on_host else "NATTEN_CUDA_TOOLKIT"
+    return f"""\
+#include "natten/cuda/library.hpp"
+
+namespace natten::cuda {{
+
+{newline.join(declarations)}
+
+constexpr KernelInfo kKernels[] = {{
+{newline.join(entries)}
+}};
+
+}}  // namespace natten::cuda
+
+extern "C" __attribute__((visibility("default"))) natten::cuda::Library const* NATTEN_CUDA_LIBRARY() {{
+  static natten::cuda::Library const library = {{
+      natten::cuda::kAbiVersion, sizeof(natten::BackwardArguments), {len(rows)}, natten::cuda::kKernels,
+      {toolkit}, {int(on_host)}}};
+  return &library;
+}}
+"""
+
+
+def cuda_cmake_lists(rows: list[tuple[CudaRow, list[int]]]) -> str:
+    """Variables for CMake: the rows' files, and the architectures of each."""
+    lines = [f"set(NATTEN_CUDA_ROWS {' '.join(row.name for row, _ in rows)})"]
+    lines += [
+        f"set(NATTEN_CUDA_ARCHS_{row.name} {' '.join(map(str, archs))})" for row, archs in rows
+    ]
+    return "\n".join([*lines, ""])
+
+
+def write_cuda(output: Path, rows: list[tuple[CudaRow, list[int]]], *, on_host: bool) -> None:
+    """Writes the files of a library of CUDA kernels."""
+    output.mkdir(parents=True, exist_ok=True)
+    for row, _ in rows:
+        write_if_different(output / f"{row.name}.cu", cuda_instantiation(row))
+    write_if_different(output / "library_table.cpp", cuda_library(rows, on_host=on_host))
+    write_if_different(output / "cuda_sources.cmake", cuda_cmake_lists(rows))
 
 
 def cmake_lists(rows: list[Row], isas: list[Isa]) -> str:
@@ -113,27 +253,65 @@ def cmake_lists(rows: list[Row], isas: list[Isa]) -> str:
 
 def write_if_different(path: Path, text: str) -> None:
     """Leaves the file alone, and so unbuilt, when it already says this."""
-    text = "// Generated by src/codegen/generate.py.\n" + text if path.suffix == ".cpp" else text
+    if path.suffix in (".cpp", ".cu"):
+        text = "// Generated by src/codegen/generate.py.\n" + text
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
 
 
+def write_cpu(output: Path, architecture: str) -> None:
+    """The CPU kernels, and the table of the core."""
+    rows = [row for row in ROWS if re.fullmatch(row.isa.architecture, architecture)]
+    isas = [isa for isa in ISAS if any(row.isa is isa for row in rows)]
+    output.mkdir(parents=True, exist_ok=True)
+    for row in rows:
+        write_if_different(output / f"{row.name}.cpp", instantiation(row))
+    write_if_different(output / "table.cpp", table(rows, isas))
+    write_if_different(output / "kernels.cmake", cmake_lists(rows, [*isas, BASELINE]))
+
+
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--architecture", required=True, help="CMAKE_SYSTEM_PROCESSOR")
-    parser.add_argument("--output", required=True, type=Path)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--architecture", help="CMAKE_SYSTEM_PROCESSOR")
+    parser.add_argument("--output", type=Path, help="folder of the CPU's kernels")
+    parser.add_argument("--cuda-output", type=Path, help="folder of CUDA kernels")
+    parser.add_argument("--cuda-archs", default="", help="architectures, such as 80;89")
+    parser.add_argument(
+        "--all-policies",
+        action="store_true",
+        help="also rows of older architectures, which would have to be asked for by name",
+    )
+    parser.add_argument(
+        "--select", choices=["emulation"], help="the rows that tests run on the CPU"
+    )
+    parser.add_argument("--only", default="", help="regular expression of the rows' names")
+    parser.add_argument("--table", type=Path, help="Python file with the CUDA_ROWS of a plug-in")
     arguments = parser.parse_args()
 
-    check(ROWS)
-    rows = [row for row in ROWS if re.fullmatch(row.isa.architecture, arguments.architecture)]
-    isas = [isa for isa in ISAS if any(row.isa is isa for row in rows)]
-
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    for row in rows:
-        write_if_different(arguments.output / f"{row.name}.cpp", instantiation(row))
-    write_if_different(arguments.output / "table.cpp", table(rows, isas))
-    write_if_different(arguments.output / "kernels.cmake", cmake_lists(rows, [*isas, BASELINE]))
+    check(ROWS, CUDA_ROWS)
+    if arguments.output:
+        write_cpu(arguments.output, arguments.architecture)
+    if arguments.cuda_output:
+        rows: tuple[CudaRow, ...] = CUDA_ROWS
+        if arguments.table:
+            rows = tuple(runpy.run_path(str(arguments.table))["CUDA_ROWS"])
+            check(ROWS, (*CUDA_ROWS, *rows))
+        archs = sorted(int(arch) for arch in arguments.cuda_archs.split(";") if arch)
+        chosen = [
+            (row, compiled_archs(row, archs, all_policies=arguments.all_policies)) for row in rows
+        ]
+        on_host = arguments.select == "emulation"
+        chosen = [
+            (row, archs)
+            for row, archs in chosen
+            if (emulated(row) if on_host else archs) and re.search(arguments.only, row.name)
+        ]
+        if not chosen:
+            parser.error(f"no row that is wanted is for any of the architectures {archs}")
+        write_cuda(arguments.cuda_output, chosen, on_host=on_host)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The kernel table: one row per compiled kernel, in order of preference.
 
 Build, dispatch, tests, benchmark and ``natten.info`` all read these rows; nothing restates them. To add an
-instantiation, add a row (or an ISA), and build.
+instantiation, add a row (or an ISA), and build; CUDA rows may also stand in a file of their own, which becomes a
+library that is loaded at run time (CONTRIBUTING.md).
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ ISAS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel.
+    """A kernel that runs on the CPU.
 
     Attributes:
         backend: Its family: the function template is ``<backend>_<op>`` in ``natten/cpu/<header>.hpp``.
@@ -96,3 +97,114 @@ ROWS = (
         for op, dtype in product(("forward", "backward"), ("f64", "f32", "bf16", "f16"))
     ),
 )
+
+
+@dataclass(frozen=True)
+class Policy:
+    """An architecture that CUDA kernels are written for: a class template in ``natten/cuda/policy/<header>.hpp``.
+
+    Attributes:
+        id: Name of the template.
+        header: Where it lives.
+        min_arch: The oldest architecture whose instructions it needs, 80 for SM80.
+        max_arch: The newest that prefers it; newer ones run it when told to.
+        is_tf32: Whether it rounds the factors of float32 products to TF32.
+    """
+
+    id: str
+    header: str
+    min_arch: int
+    max_arch: int
+    is_tf32: bool = False
+
+
+SM80 = Policy("Sm80", "sm80", 80, 90)
+SM80_TF32 = Policy("Sm80Tf32", "sm80", 80, 90, is_tf32=True)
+SM80_SIMT = Policy("Sm80Simt", "sm80", 80, 90)
+SM75 = Policy("Sm75", "sm75", 75, 79)
+SM70 = Policy("Sm70", "sm70", 70, 74)
+SM50 = Policy("Sm50", "sm50", 50, 79)
+# float16 has tensor cores from SM70 on.
+SM50_F16 = Policy("Sm50", "sm50", 50, 69)
+# Any architecture: the naive kernels have no policy.
+ANY_ARCH = Policy("naive", "", 50, 90)
+
+
+@dataclass(frozen=True)
+class CudaRow:
+    """A kernel that runs on an NVIDIA GPU.
+
+    Attributes:
+        backend: Its family: the function template is ``run_<backend>_<op>`` in ``natten/cuda/kernel``.
+        op: ``"forward"`` or ``"backward"``.
+        dtype: Storage type of the tensors, a key of ``generate.CUDA_STORAGE``.
+        policy: What it is written for.
+        max_head_dim: Head dims up to this one are padded to it, in the kernel.
+        own: Tokens of the tile that a thread block owns.
+        streamed: Tokens of a tile that is streamed past it.
+        stages: Streamed tiles in shared memory at a time.
+    """
+
+    backend: str
+    op: str
+    dtype: str
+    policy: Policy
+    max_head_dim: int
+    own: int = 0
+    streamed: int = 0
+    stages: int = 0
+
+    @property
+    def name(self) -> str:
+        """What it is called: entry point, file, and kernel name at run time."""
+        if self.policy is ANY_ARCH:
+            return f"{self.backend}_{self.op}_{self.dtype}_cuda"
+        shape = f"d{self.max_head_dim}_{self.own}x{self.streamed}"
+        return f"{self.backend}_{self.op}_{self.dtype}_{self.policy.id.lower()}_{shape}"
+
+
+# (own, streamed, stages) of each head-dim bucket: what fits in the shared memory of every architecture of the policy
+# (48 KiB of SM50, 64 of SM75, 96 of SM70, 99 of SM86) and in 255 registers a thread without a spill.
+_FORWARD_TILES = {
+    (SM80, "f16 bf16"): {32: (64, 64, 2), 64: (64, 64, 2), 128: (64, 64, 2), 256: (64, 32, 2)},
+    (SM80_TF32, "f32"): {32: (64, 64, 2), 64: (64, 64, 2), 128: (64, 32, 2), 256: (64, 16, 2)},
+    (SM80_SIMT, "f32"): {32: (64, 64, 2), 64: (64, 64, 2), 128: (64, 32, 2), 256: (32, 16, 2)},
+    (SM75, "f16"): {32: (64, 64, 2), 64: (64, 64, 2), 128: (64, 64, 2), 256: (64, 16, 2)},
+    (SM70, "f16"): {32: (64, 64, 2), 64: (64, 64, 2), 128: (64, 64, 2), 256: (64, 32, 2)},
+    (SM50_F16, "f16"): {32: (64, 64, 2), 64: (64, 64, 2), 128: (64, 32, 2), 256: (32, 32, 1)},
+    (SM50, "bf16"): {32: (64, 64, 2), 64: (64, 64, 2), 128: (64, 32, 2), 256: (32, 32, 1)},
+    (SM50, "f32"): {32: (64, 64, 2), 64: (64, 32, 2), 128: (32, 16, 2), 256: (16, 16, 1)},
+}
+_BACKWARD_TILES = {
+    (SM80, "f16 bf16"): {32: (64, 64, 2), 64: (64, 64, 2), 128: (64, 32, 2), 256: (64, 16, 1)},
+    (SM80_TF32, "f32"): {32: (64, 32, 2), 64: (64, 32, 2), 128: (64, 16, 1), 256: (16, 16, 1)},
+    (SM80_SIMT, "f32"): {32: (64, 32, 2), 64: (64, 32, 2), 128: (32, 32, 1), 256: (16, 16, 1)},
+    (SM75, "f16"): {32: (64, 32, 2), 64: (64, 32, 2), 128: (64, 32, 1), 256: (32, 16, 1)},
+    (SM70, "f16"): {32: (64, 32, 2), 64: (64, 32, 2), 128: (64, 32, 1), 256: (32, 32, 1)},
+    (SM50_F16, "f16"): {32: (64, 32, 1), 64: (64, 32, 1), 128: (32, 32, 1), 256: (16, 16, 1)},
+    (SM50, "bf16"): {32: (64, 32, 1), 64: (64, 32, 1), 128: (32, 32, 1), 256: (16, 16, 1)},
+    (SM50, "f32"): {32: (64, 32, 1), 64: (32, 32, 1), 128: (16, 16, 1), 256: (8, 8, 1)},
+}
+
+CUDA_ROWS = (
+    *(
+        CudaRow("fna", op, dtype, policy, head_dim, *tile)
+        for op, tiles in (("forward", _FORWARD_TILES), ("backward", _BACKWARD_TILES))
+        for (policy, dtypes), buckets in tiles.items()
+        for dtype in dtypes.split()
+        for head_dim, tile in buckets.items()
+    ),
+    *(
+        CudaRow("naive", op, dtype, ANY_ARCH, ANY_HEAD_DIM)
+        for op, dtype in product(("forward", "backward"), ("f64", "f32", "bf16", "f16"))
+    ),
+)
+
+
+def emulated(row: CudaRow) -> bool:
+    """Whether the tests run this row on the CPU: each policy and type at one head dim, and one of them at all."""
+    return (
+        row.max_head_dim == 32
+        or row.policy is ANY_ARCH
+        or (row.policy is SM80 and row.dtype == "f16")
+    )
