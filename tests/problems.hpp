@@ -99,7 +99,8 @@ class Array {
   TensorRef ref_;
 };
 
-inline Problem random_problem(DType dtype, int max_head_dim = 40) {
+// `room`: how many tokens an axis may have beyond the smallest that its window fits into, by the rank.
+inline Problem random_problem(DType dtype, int max_head_dim = 40, int const (&room)[kMaxRank] = {60, 6, 6}) {
   Problem p;
   p.dtype = dtype;
   p.rank = random_int(1, 3);
@@ -109,7 +110,7 @@ inline Problem random_problem(DType dtype, int max_head_dim = 40) {
     a.dilation = random_int(1, 3);
     a.kernel_size = random_int(1, 6);
     a.stride = random_int(1, a.kernel_size);
-    a.extent = a.kernel_size * a.dilation + random_int(0, p.rank == 1 ? 60 : 6);
+    a.extent = a.kernel_size * a.dilation + random_int(0, room[p.rank - 1]);
     a.is_causal = random_int(0, 3) == 0;
     a.query_extent = a.key_extent = a.extent;
   }

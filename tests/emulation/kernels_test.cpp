@@ -61,7 +61,8 @@ void must_succeed(Call const& call) {
 
 bool passes(KernelInfo const& kernel, int number) {
   generator.seed(number);
-  Problem const problem = random_problem(kernel.dtype, std::min(kernel.max_head_dim, 512));
+  // Several tiles each way, which have about 64 tokens.
+  Problem const problem = random_problem(kernel.dtype, std::min(kernel.max_head_dim, 512), {300, 16, 7});
   Shapes const shapes(problem);
   Inputs const inputs(shapes), cotangents(shapes);
   Problem wide_problem = problem;
