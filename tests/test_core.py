@@ -523,15 +523,15 @@ def test_compiled_rows_are_those_of_the_table(codegen: Callable[[str], ModuleTyp
 
 def test_bad_rows_are_refused(codegen: Callable[[str], ModuleType]) -> None:
     table, generate = codegen("table"), codegen("generate")
-    generate.check(table.ROWS)
+    generate.check(table.ROWS, table.CUDA_ROWS)
     row = table.ROWS[0]
     with pytest.raises(ValueError, match=f"two rows of the kernel table are called {row.name}"):
-        generate.check((row, row))
+        generate.check((row, row), ())
     with pytest.raises(ValueError, match="malformed row"):
-        generate.check((table.Row("naive", "sideways", "f32", table.BASELINE, 64),))
+        generate.check((table.Row("naive", "sideways", "f32", table.BASELINE, 64),), ())
     isa = table.Isa("x86-64-v9", "v9", ".*")
     with pytest.raises(ValueError, match="ISA x86-64-v9 is not in ISAS"):
-        generate.check((table.Row("naive", "forward", "f32", isa, 64),))
+        generate.check((table.Row("naive", "forward", "f32", isa, 64),), ())
 
 
 def test_generated_files_change_only_when_they_differ(

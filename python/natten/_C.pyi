@@ -20,9 +20,16 @@ class Kernel:
     name: str
     op: str  # "forward" or "backward"
     backend: str  # "fna" or "naive"
-    isa: str
+    isa: str  # of a CUDA kernel, the policy it is written for
     dtypes: tuple[str, ...]
     max_head_dim: int
+    is_cuda: bool
+    is_tf32: bool
+    min_arch: int  # SM80 is 80; 0 for the CPU's, as the next
+    max_arch: int  # the newest architecture it is chosen on; newer ones run it when it is named
+    tile: tuple[int, int]  # tokens of an own and of a streamed tile
+    archs: list[int]  # that its code is there for; loads the package's CUDA library
+    runs_on_host: bool  # a CUDA kernel in emulation
 
 class Problem:
     """natten::Problem. Raises ValueError where a window leaves the key box."""
@@ -39,16 +46,29 @@ class Problem:
         additional_keys: int,
         has_rpb: bool,
         scale: float,
+        allow_tf32: bool = False,
     ) -> None: ...
 
 def kernels() -> list[Kernel]:
     """Every row of the table that was compiled in, in order of preference."""
 
-def candidates(problem: Problem, op: str, backend: str, isa: str) -> list[tuple[Kernel, list[str]]]:
-    """Rows of `op` in order of preference, each with the reasons why it cannot run (empty: it can).
+def candidates(
+    problem: Problem, op: str, backend: str, isa: str, arch: int = 0, is_pretended: bool = False
+) -> list[tuple[Kernel, list[str]]]:
+    """Rows of `op` for a device in order of preference, each with the reasons why it cannot run (empty: it can).
 
-    backend "auto" considers all; isa "" means the best this CPU has.
+    backend "auto" considers all; isa "" means the best this CPU has; arch 0 is the CPU, 80 is SM80. A pretended device
+    runs kernels whose code is not there.
     """
+
+def load_library(path: str) -> None:
+    """Loads a library of CUDA kernels, which come before those there are. ValueError if it is none, or of another version."""
+
+def libraries() -> list[tuple[str, str, int]]:
+    """Libraries of CUDA kernels that are loaded, the package's own included: path, toolkit, number of kernels."""
+
+def workspace_bytes(problem: Problem, kernel: str, arch: int = 0) -> int:
+    """Device memory that `backward` wants as its workspace."""
 
 def forward(
     problem: Problem,
@@ -62,6 +82,9 @@ def forward(
     output: Tensor,
     lse: Tensor,
     num_threads: int,
+    arch: int = 0,
+    stream: int = 0,
+    workspace: int = 0,
 ) -> None: ...
 def backward(
     problem: Problem,
@@ -83,6 +106,9 @@ def backward(
     d_additional_values: Tensor,
     d_rpb: int,
     num_threads: int,
+    arch: int = 0,
+    stream: int = 0,
+    workspace: int = 0,
 ) -> None: ...
 def windows(axis: AxisInts) -> list[tuple[int, int, int, int]]:
     """For every token of the query tensor: (dilation group, begin, end, keys its softmax counts), in group positions.

@@ -19,7 +19,7 @@ except ImportError as error:
     raise ImportError(message) from error
 
 from natten import _transforms  # noqa: F401  # what the ops are under autograd and vmap
-from natten._dispatch import use_backend
+from natten._dispatch import load_kernels, use_backend
 from natten._problem import ArgumentError
 from natten.functional import (
     attention,
@@ -45,6 +45,7 @@ __all__ = [
     "__version__",
     "attention",
     "explain",
+    "load_kernels",
     "merge_attentions",
     "na1d",
     "na2d",

@@ -61,6 +61,9 @@ def _cached_plan(
     return Plan(problem, _dispatch.select(problem, needs_grad, backend, isa), needs_grad)
 
 
+_dispatch._after_loading.append(_cached_plan.cache_clear)
+
+
 def _plan(
     normalizer: Callable[..., Problem],
     operands: Operands,
@@ -158,10 +161,13 @@ class Explanation:
         return "\n".join([f"backend {self.backend!r}:", *lines])
 
 
-def explain(backend: str | None, operands: Operands, *arguments: Any) -> Explanation:
+def explain(
+    backend: str | None, device: str | None, operands: Operands, *arguments: Any
+) -> Explanation:
     """What would run the problem. `arguments` are those of `normalize`, from kernel_size on."""
     name = _dispatch.backend_in_force() if backend is None else _dispatch.canonical(backend)
     problem = normalize(operands.describe(), None, *arguments)
-    found = _dispatch.candidates(problem, _needs_grad(operands), _dispatch.forced_isa())
+    isa = _dispatch.forced_isa()
+    found = _dispatch.candidates(problem, _needs_grad(operands), isa, device)
     asked = (c for c in found if name in ("auto", c.backend) and not c.reasons)
     return Explanation(tuple(found), name, next(asked, None))

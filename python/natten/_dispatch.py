@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -25,6 +27,8 @@ _ALIASES = {
     **dict.fromkeys(("cutlass-fmha", "hopper-fmha", "blackwell-fmha"), "fna"),
     **dict.fromkeys(("flex-fna", "flex-fmha"), "flex"),
 }
+# Of the GPUs that CUDA kernels are for; ROCm calls its devices "cuda" too.
+_HAS_CUDA = torch.version.cuda is not None
 # Passed to the ops by compiled graphs, which outlive the context they are traced in: whatever is in force when they run.
 IN_FORCE = ""
 
@@ -83,6 +87,68 @@ def forced_isa() -> str:
     )  # twice a call: a tenth of what os.environ takes to say that there is none
 
 
+@lru_cache
+def _arch_of_device(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def arch_of(device: torch.device) -> int | None:
+    """The architecture of a GPU, 86 for SM86; 0 for the CPU; None for devices that no compiled kernel is for."""
+    if device.type in (
+        "cpu",
+        "meta",
+    ):  # tensors on "meta" have shapes only, and the ops know the shapes
+        return 0
+    if device.type != "cuda" or not _HAS_CUDA:
+        return None
+    return _arch_of_device(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def parse_arch(device: str) -> int:
+    """The architecture that a user means by "sm_86"; 0 for "cpu"."""
+    if device == "cpu":
+        return 0
+    match = re.fullmatch(r"sm_?(\d{2,3})", device.lower())
+    if match is None:
+        reject("device", repr(device), "'cpu', or an architecture such as 'sm_86'")
+    return int(match[1])
+
+
+def allows_tf32() -> bool:
+    """Whether torch.backends.cuda.matmul lets float32 products round their factors to TF32."""
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)  # from torch 2.9 on
+    if precision == "none":
+        precision = getattr(torch.backends, "fp32_precision", precision)
+    return bool(matmul.allow_tf32) if precision is None else precision == "tf32"
+
+
+def load_kernels(path: str | os.PathLike[str]) -> None:
+    """Loads a library of CUDA kernels, which then come before those of the package.
+
+    Such a library is built from a table of one's own (``python -m natten.build_kernels --help``).
+
+    Args:
+        path: The shared library.
+
+    Raises:
+        ValueError: If the file is no library of kernels, or was built for another version of natten.
+
+    Example:
+        >>> import natten
+        >>> natten.load_kernels("libmy_kernels.so")  # doctest: +SKIP
+    """
+    _C.load_library(os.fspath(path))
+    launch.cache_clear()
+    for clear in _after_loading:
+        clear()
+
+
+# Caches elsewhere that a new kernel makes stale.
+_after_loading: list[Callable[[], None]] = []
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A way to run a problem.
@@ -106,6 +172,7 @@ class Launch(NamedTuple):
 
     problem: _C.Problem
     kernel: str | None
+    workspace_bytes: int
 
 
 @lru_cache(maxsize=1024)
@@ -117,6 +184,8 @@ def launch(
     flat_axes: tuple[int, ...],
     shapes: tuple[tuple[int, ...] | None, ...],
     scale: float,
+    arch: int,
+    allow_tf32: bool,
 ) -> Launch:
     """The problem as the core sees it, and the kernel that runs `op` of it. `shapes` are those of the operands.
 
@@ -154,15 +223,20 @@ def launch(
         additional,
         rpb is not None,
         scale,
+        allow_tf32,
     )
-    rows = _C.candidates(problem, op, backend, isa)
+    rows = _C.candidates(problem, op, backend, isa, arch)
     chosen = next((kernel.name for kernel, reasons in rows if not reasons), None)
     if chosen is None:
         found = [Candidate(kernel.backend, kernel.name, tuple(why)) for kernel, why in rows]
         raise _nothing_runs(backend, found)
     # Dense attention to an empty sequence is the one problem without keys.
     empty = 0 in query or (0 in key and additional == 0)
-    return Launch(problem, None if empty else chosen)
+    if empty:
+        return Launch(problem, None, 0)
+    return Launch(
+        problem, chosen, _C.workspace_bytes(problem, chosen, arch) if op == "backward" else 0
+    )
 
 
 def _nothing_runs(backend: str, candidates: list[Candidate]) -> NotImplementedError:
@@ -170,11 +244,19 @@ def _nothing_runs(backend: str, candidates: list[Candidate]) -> NotImplementedEr
     return NotImplementedError(f"no kernel of backend {backend!r} can run this problem:\n{lines}")
 
 
-def candidates(problem: Problem, needs_grad: bool, isa: str) -> list[Candidate]:
-    """Every way to run the problem, in order of preference, each with the reasons why it cannot."""
+def candidates(
+    problem: Problem, needs_grad: bool, isa: str, pretended: str | None = None
+) -> list[Candidate]:
+    """Every way to run the problem, in order of preference, each with the reasons why it cannot.
+
+    `pretended`: the device that the tensors are taken to be on, as in `parse_arch`.
+    """
     found: list[Candidate] = []
-    # Tensors on "meta" have shapes only, and the ops know the shapes.
-    if problem.device.type in ("cpu", "meta"):
+    arch = arch_of(problem.device) if pretended is None else parse_arch(pretended)
+    device_type = problem.device.type
+    if pretended is not None:
+        device_type = "cuda" if arch else "cpu"
+    if arch is not None:
         core = _C.Problem(
             str(problem.dtype).removeprefix("torch."),
             problem.flat_axes,
@@ -186,20 +268,22 @@ def candidates(problem: Problem, needs_grad: bool, isa: str) -> list[Candidate]:
             problem.additional_keys,
             problem.has_rpb,
             problem.scale,
+            bool(arch) and allows_tf32(),
         )
-        backward = _C.candidates(core, "backward", "auto", isa) if needs_grad else []
-        for kernel, reasons in _C.candidates(core, "forward", "auto", isa):
+        where = (isa, arch, pretended is not None)
+        backward = _C.candidates(core, "backward", "auto", *where) if needs_grad else []
+        for kernel, reasons in _C.candidates(core, "forward", "auto", *where):
             why = list(reasons)
             gradients = [row for row in backward if row[0].backend == kernel.backend]
             if needs_grad and not why and all(row_reasons for _, row_reasons in gradients):
                 why.append("no backward kernel of its backend can run, and gradients are wanted")
             found.append(Candidate(kernel.backend, kernel.name, tuple(why)))
     else:
-        why = [f"runs on cpu, and the tensors are on {problem.device.type}"]
+        why = [f"runs on the CPU or an NVIDIA GPU, and the tensors are on {device_type}"]
         rows = [kernel for kernel in _C.kernels() if kernel.op == "forward"]
         found += [Candidate(kernel.backend, kernel.name, tuple(why)) for kernel in rows]
     flex_reasons = _flex.reasons(
-        problem.device.type,
+        device_type,
         problem.dtype,
         problem.head_dim,
         problem.head_dim_value,
@@ -229,10 +313,10 @@ def select(problem: Problem, needs_grad: bool, backend: str, isa: str) -> str:
 def select_in_graph(problem: Problem, backend: str | None) -> str:
     """The same for torch.compile, which cannot trace into the core.
 
-    On a CPU the choice among compiled kernels is left to the moment the graph runs: it may be on another machine.
+    The choice among compiled kernels is left to the moment the graph runs: it may be on another machine.
     FlexAttention is no op of ours, and its mask no part of a graph: such calls break the graph, and run outside it.
     """
-    if problem.device.type in ("cpu", "meta"):
+    if problem.device.type in ("cpu", "meta") or has_cuda_kernels():
         name = IN_FORCE if backend is None else canonical(backend)
         if name != "flex":
             return name
@@ -245,6 +329,17 @@ def select_in_graph(problem: Problem, backend: str | None) -> str:
         "let the graph break there, or choose backend='reference'"
     )
     raise NotImplementedError(message)
+
+
+@lru_cache
+def has_cuda_kernels() -> bool:
+    """Whether a library of CUDA kernels came with the package, or was loaded."""
+    return _HAS_CUDA and bool(_C.libraries())
+
+
+# For torch.compile, which cannot trace into the core.
+has_cuda_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_after_loading.append(has_cuda_kernels.cache_clear)
 
 
 @lru_cache

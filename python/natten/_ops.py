@@ -99,13 +99,41 @@ def _launch(
         None if additional_values is None else additional_values.shape,
         None if rpb is None else rpb.shape,
     )
-    return _dispatch.launch(op, backend, _dispatch.forced_isa(), query.dtype, axes, shapes, scale)
+    arch, allow_tf32 = 0, False
+    if not query.is_cpu:
+        arch = _dispatch.arch_of(query.device) or 0
+        allow_tf32 = query.dtype == torch.float32 and _dispatch.allows_tf32()
+    return _dispatch.launch(
+        op,
+        backend,
+        _dispatch.forced_isa(),
+        query.dtype,
+        axes,
+        shapes,
+        scale,
+        arch,
+        allow_tf32,
+    )
+
+
+def _run(run: Any, query: Tensor, workspace_bytes: int, *arguments: Any) -> None:
+    """Calls the core, for CUDA tensors on their device's current stream, with memory from torch's allocator."""
+    if query.is_cpu:
+        run(*arguments, torch.get_num_threads())
+        return
+    with torch.cuda.device(query.device):
+        workspace = query.new_empty(workspace_bytes, dtype=torch.uint8)
+        stream = torch.cuda.current_stream().cuda_stream
+        arch = _dispatch.arch_of(query.device)
+        run(*arguments, 1, arch, stream, workspace.data_ptr())
 
 
 def _resolve(backend: str, query: Tensor) -> str:
     if backend == _dispatch.IN_FORCE:
         backend = _dispatch.backend_in_force()
-    if backend == "reference" or (query.is_cpu and backend != "flex"):
+    if backend == "reference":
+        return backend
+    if backend != "flex" and (query.is_cpu or _dispatch.arch_of(query.device) is not None):
         return backend
     message = f"the op cannot run backend {backend!r} on {query.device.type}"
     raise NotImplementedError(message)
@@ -136,7 +164,7 @@ def _forward(
     flat_axes = tuple(axes)
     if backend == "reference":
         return reference.forward(Operands(*operands), flat_axes, scale)
-    problem, kernel = _launch("forward", backend, operands, flat_axes, scale)
+    problem, kernel, _ = _launch("forward", backend, operands, flat_axes, scale)
     output, lse = _empty_output(query, value)
     if kernel is None:
         return output.zero_(), lse.fill_(-math.inf)
@@ -153,7 +181,10 @@ def _forward(
         additional_values, more_values = _readable(additional_values)
     if rpb is not None:
         rpb = rpb.to(lse.dtype).contiguous()
-    _C.forward(
+    _run(
+        _C.forward,
+        query,
+        0,
         problem,
         kernel,
         query_ref,
@@ -164,7 +195,6 @@ def _forward(
         0 if rpb is None else rpb.data_ptr(),
         _ref(output),
         _row_ref(lse),
-        torch.get_num_threads(),
     )
     return output, lse
 
@@ -218,7 +248,7 @@ def _backward(
         or output.shape[:-1] != lse.shape
     ):
         reject("output, lse and d_output", "of different grids", "those of the query")
-    problem, kernel = _launch("backward", backend, operands, flat_axes, scale)
+    problem, kernel, workspace_bytes = _launch("backward", backend, operands, flat_axes, scale)
     if kernel is None:
         for gradient in gradients:
             gradient.zero_()
@@ -242,7 +272,10 @@ def _backward(
     if rpb is not None:
         kernel_rpb = rpb.to(lse.dtype).contiguous()
         kernel_d_rpb = d_rpb if d_rpb.dtype == lse.dtype else torch.empty_like(kernel_rpb)
-    _C.backward(
+    _run(
+        _C.backward,
+        query,
+        workspace_bytes,
         problem,
         kernel,
         query_ref,
@@ -261,7 +294,6 @@ def _backward(
         d_more_keys,
         d_more_values,
         0 if rpb is None else kernel_d_rpb.data_ptr(),
-        torch.get_num_threads(),
     )
     if kernel_d_rpb is not d_rpb:
         d_rpb.copy_(kernel_d_rpb)

@@ -523,6 +523,7 @@ def explain(
     additional_values: Tensor | None = None,
     backend: str | None = None,
     *,
+    device: str | None = None,
     rpb: Tensor | None = None,
     boundary: StrPerAxis = "shift",
     offset: IntPerAxis = 0,
@@ -546,6 +547,8 @@ def explain(
         additional_keys: See there.
         additional_values: See there.
         backend: See there.
+        device: The device to take the tensors to be on: ``"cpu"``, or an architecture of GPUs such as ``"sm_86"``, also
+            one that is not at hand, and whether or not kernels are compiled for it here.
         rpb: See there.
         boundary: See there.
         offset: See there.
@@ -567,6 +570,7 @@ def explain(
     """
     return _attend.explain(
         backend,
+        device,
         Operands(query, key, value, additional_keys, additional_values, rpb),
         kernel_size,
         stride,
