@@ -202,9 +202,8 @@ CUDA_ROWS = (
 
 
 def emulated(row: CudaRow) -> bool:
-    """Whether the tests run this row on the CPU: each policy and type at one head dim, and one of them at all."""
-    return (
-        row.max_head_dim == 32
-        or row.policy is ANY_ARCH
-        or (row.policy is SM80 and row.dtype == "f16")
+    """Whether the tests run this row on the CPU: each policy and type at one head dim, and two of them at all."""
+    at_all = (row.policy is SM80 and row.dtype == "f16") or (
+        row.policy is SM50 and row.dtype == "f32" and row.op == "forward"
     )
+    return row.max_head_dim == 32 or row.policy is ANY_ARCH or at_all
