@@ -10,9 +10,9 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 SOURCES := pyproject.toml CMakeLists.txt $(shell find include src python -name '*.[chp]*pp' -o -name '*.py*' -not -name '*.pyc')
 CPP := $(shell find bench include src tests -name '*.[ch]pp')
 
-.PHONY: test demo bench lint format sanitize races aarch64 clean
+.PHONY: test demo bench lint format sanitize races aarch64 emulation emulation-sanitize emulation-races faults clean
 
-test: $(VENV)/natten $(VENV)/test
+test: $(VENV)/natten $(VENV)/test emulation
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 demo: $(VENV)/natten $(VENV)/demo
@@ -53,6 +53,24 @@ aarch64:
 	  tests/fused_test.cpp build/aarch64/*.cpp src/cpu/parallel.cpp src/dispatch/dispatch.cpp -ldl -lpthread
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/fused_test
 
+# The CUDA kernels for the CPU (tests/emulation), without a CUDA toolkit: a library that natten.load_kernels loads, and
+# programs that run its kernels on random problems. The sanitized ones check fewer of these.
+emulation: build/emulation
+emulation-sanitize: build/emulation-address
+	build/emulation-address/kernels_test $(or $(PROBLEMS),2)
+emulation-races: build/emulation-thread
+	TSAN_OPTIONS=halt_on_error=1 setarch --addr-no-randomize build/emulation-thread/kernels_test $(or $(PROBLEMS),2)
+
+.PHONY: build/emulation build/emulation-address build/emulation-thread
+build/emulation build/emulation-address build/emulation-thread: build/emulation%: $(VENV)/build $(VENV)/emulation
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S tests/emulation -B $@ -G Ninja -DNATTEN_SANITIZE=$(*:-%=%) \
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_CXX_COMPILER=$(CXX)
+	PATH="$(abspath $(BIN)):$$PATH" ninja -C $@
+
+# Every fault that tests/emulation/test_faults.py knows; `test` tries a few of them. Takes half an hour.
+faults: $(VENV)/test $(VENV)/build $(VENV)/emulation
+	NATTEN_FAULTS=all $(BIN)/python -m pytest tests/emulation/test_faults.py
+
 clean:
 	rm -rf build $(VENV)
 
@@ -67,6 +85,10 @@ $(VENV)/torch: pyproject.toml | $(BIN)/python
 
 $(VENV)/test $(VENV)/demo $(VENV)/bench $(VENV)/lint $(VENV)/build: $(VENV)/%: pyproject.toml | $(VENV)/torch
 	$(BIN)/pip install --quiet --group $*
+	touch $@
+
+$(VENV)/emulation: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --no-deps --group emulation
 	touch $@
 
 $(VENV)/natten: $(SOURCES) | $(VENV)/torch
