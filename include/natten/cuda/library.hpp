@@ -8,31 +8,39 @@
 namespace natten::cuda {
 
 // Raised with every change of a struct below, or of one that is reached from it.
-constexpr int kAbiVersion = 1;
+constexpr int kAbiVersion = 2;
 
 struct LaunchContext {
   void* stream = nullptr;     // cudaStream_t
   void* workspace = nullptr;  // workspace_bytes() of device memory, aligned to 256 bytes
   TileShapes by_query;        // queries are owned and keys streamed: forward, and the gradient of the query
-  TileShapes by_key;          // keys are owned and queries streamed: the gradients of key and value
+  TileShapes by_key;  // keys are owned and queries streamed: the gradients of key and value, and kAvTransposed
 };
 
-// A kernel of the table. Entry points return 0, or fill `message` with what went wrong and return 1.
+template <class Arguments>
+struct Entry {
+  // Returns 0, or fills `message` with what went wrong and returns 1.
+  int (*run)(Arguments const*, LaunchContext const*, char* message, int size);
+  std::int64_t (*workspace_bytes)(Arguments const*, LaunchContext const*);  // null: needs none
+};
+
+// A kernel of the table.
 struct KernelInfo {
   char const* name;
   char const* backend;
   char const* policy;  // the architecture it is written for, as in the kernel table
-  int is_backward;
+  Op op;
   DType dtype;
-  int is_tf32;               // rounds float32 operands to TF32
-  int min_arch, max_arch;    // the architectures it is chosen on, 80 for SM80; may be forced on any later one
+  int is_tf32;  // rounds float32 operands to TF32
+  int min_arch, max_arch;  // the architectures it is chosen on, 80 for SM80; may be forced on any later one
   int max_head_dim;
   int own_tokens, streamed_tokens;  // of its tiles; 0 where it has none
-  int const* archs;                 // that it was compiled for, ascending
+  int const* archs;  // that it was compiled for, ascending
   int num_archs;
-  std::int64_t (*workspace_bytes)(BackwardArguments const*, LaunchContext const*);  // null: needs none
-  int (*forward)(ForwardArguments const*, LaunchContext const*, char* message, int size);
-  int (*backward)(BackwardArguments const*, LaunchContext const*, char* message, int size);
+  // One of them is there, by the op; the others are null.
+  Entry<ForwardArguments> forward;
+  Entry<BackwardArguments> backward;
+  Entry<UnfusedArguments> unfused;
 };
 
 struct Library {
@@ -41,7 +49,7 @@ struct Library {
   int num_kernels;
   KernelInfo const* kernels;
   char const* toolkit;  // such as "CUDA 13.0"
-  int on_host;          // its kernels run on the CPU, on host memory: only for tests, by name
+  int on_host;  // its kernels run on the CPU, on host memory: only for tests, by name
 };
 
 }  // namespace natten::cuda

@@ -10,7 +10,7 @@ namespace natten::cuda {
 
 // How a vector of 16 bytes comes into shared memory; zeros where `present` is false.
 struct AsynchronousCopy {
-  static constexpr int kUnrolledCopies = 16;
+  static constexpr int kUnrolledCopies = 8;
   CUTE_DEVICE static void copy(uint128_t const* source, uint128_t* destination, bool present) {
     SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint128_t>::copy(*source, *destination, present);
   }

@@ -233,31 +233,36 @@ struct FnaGradient {
                                        params.additional_value_vectors),
              problem.head_dim_value, shared + kSecondBegin);
 
-    Cursor ahead = state.first_tile();
-    auto const issue = [&](int tile) {
+    // Of one stage it is the tile that is about to be multiplied: another cursor would spill.
+    auto const issue = [&](int tile, Cursor const& at) {
       if (tile < state.tiles) {
-        Walk const& walk = state.walk_of(ahead);
-        int const lap = !kOwnsQueries ? ahead.lap : 0;
+        Walk const& walk = state.walk_of(at);
+        int const lap = !kOwnsQueries ? at.lap : 0;
         load_tile<StreamedTile, Policy, kThreads, Element, kStreamed, kHeadDim>(
-            walk.first.template moved<Element>(lap * walk.lap_first), walk.tokens, ahead.origin, problem.head_dim,
+            walk.first.template moved<Element>(lap * walk.lap_first), walk.tokens, at.origin, problem.head_dim,
             walk.vectors_first, first_slot(shared, tile), thread);
         load_tile<StreamedTile, Policy, kThreads, Element, kStreamed, kHeadDim>(
-            walk.second.template moved<Element>(lap * walk.lap_second), walk.tokens, ahead.origin,
-            problem.head_dim_value, walk.vectors_second, first_slot(shared, tile) + StreamedTile::kBytes, thread);
+            walk.second.template moved<Element>(lap * walk.lap_second), walk.tokens, at.origin, problem.head_dim_value,
+            walk.vectors_second, first_slot(shared, tile) + StreamedTile::kBytes, thread);
         if constexpr (!kOwnsQueries) {
           TokenView const lap_lse = walk.lse.template moved<float>(lap * params.lse.stride_head);
           TokenView const lap_delta = walk.delta.template moved<float>(lap * params.delta.stride_head);
           for (int i = thread; i < kStreamed; i += kThreads) {
-            Row const row = read_row(lap_lse, lap_delta, walk.tokens, ahead.origin, i);
+            Row const row = read_row(lap_lse, lap_delta, walk.tokens, at.origin, i);
             columns(shared, tile)[i] = row.lse;
             columns(shared, tile)[kStreamed + i] = row.delta;
           }
         }
-        state.next_tile(ahead);
       }
       Policy::commit();
     };
-    for (int tile = 0; tile < kStages - 1; ++tile) issue(tile);
+    Cursor cursor = state.first_tile();
+    [[maybe_unused]] Cursor ahead = cursor;
+    auto const issue_ahead = [&](int tile) {
+      issue(tile, ahead);
+      if (tile < state.tiles) state.next_tile(ahead);
+    };
+    for (int tile = 0; tile < kStages - 1; ++tile) issue_ahead(tile);
 
     auto const coordinates = score_coordinates<Policy>(thread);
     constexpr int kRows = decltype(size<0>(coordinates))::value;
@@ -274,19 +279,18 @@ struct FnaGradient {
     auto d_first = make_accumulator<typename Policy::MmaTransposed, kOwn, kHeadDim>();
     auto d_second = make_accumulator<typename Policy::MmaTransposed, kOwn, kHeadDim>();
 
-    Cursor cursor = state.first_tile();
     for (int tile = 0; tile < state.tiles; ++tile) {
       Walk const& walk = state.walk_of(cursor);
       bool const has_bias = params.rpb != nullptr && !walk.is_dense;
       if constexpr (kStages == 1) {
         __syncthreads();
-        issue(tile);
+        issue(tile, cursor);
         Policy::template wait<0>();
         __syncthreads();
       } else {
         Policy::template wait<kStages - 2>();
         __syncthreads();
-        issue(tile + kStages - 1);
+        issue_ahead(tile + kStages - 1);
       }
       char* const first = first_slot(shared, tile);
       char* const second = first + StreamedTile::kBytes;

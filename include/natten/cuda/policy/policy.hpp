@@ -19,7 +19,7 @@ namespace natten::cuda {
 
 // Threads that share a row's scores hold 1 / kColumnGroups of the columns of its output: 16 rows of 256 columns would be
 // half of a warp's registers. Every group computes the scores for itself.
-constexpr int column_groups(int head_dim) { return head_dim <= 128 ? 1 : head_dim / 128; }
+constexpr int column_groups(int head_dim, int columns = 128) { return head_dim <= columns ? 1 : 2; }
 
 template <class Element_, int kHeadDim_, int kOwn_, int kStreamed_, int kStages_>
 struct PolicySizes {

@@ -12,7 +12,8 @@ namespace natten::cuda {
 template <class Element, int kHeadDim, int kOwn, int kStreamed, int kStages>
 struct Sm70 : PolicySizes<Element, kHeadDim, kOwn, kStreamed, kStages>, SynchronousCopy {
   static constexpr int kWarps = kOwn / 16;
-  static constexpr int kColumnGroups = column_groups(kHeadDim);
+  // The operands of these atoms are wide: with 128 columns a gradient would spill 800 bytes.
+  static constexpr int kColumnGroups = column_groups(kHeadDim, 64);
   static constexpr int kScoreThreads = 32 * kWarps;
   static constexpr int kThreads = kScoreThreads * kColumnGroups;
   // The four quad-pairs of a warp are a square of 16x16: bit 2 of the lane is the upper half's, bit 3 the right half's.
