@@ -121,17 +121,28 @@ cuda::LaunchContext launch_context(PlannedProblem const& problem, cuda::KernelIn
   context.stream = reinterpret_cast<void*>(stream);
   context.workspace = reinterpret_cast<void*>(workspace);
   context.by_query = problem.shapes_for(Side::kQuery, code);
-  if (code.is_backward != 0) context.by_key = problem.shapes_for(Side::kKey, code);
+  bool const owns_keys = code.op == Op::kBackward || code.op == Op::kAvTransposed;
+  if (owns_keys) context.by_key = problem.shapes_for(Side::kKey, code);
   return context;
 }
 
-template <class Arguments, class Entry>
-void launch(Entry entry, Arguments const& arguments, cuda::LaunchContext const& context) {
+// Runs a kernel by its entry point: `on_cpu` or, in a library, `on_gpu`.
+template <class Arguments>
+void run(Kernel const& kernel, void (*Kernel::*on_cpu)(Arguments const&),
+         cuda::Entry<Arguments> cuda::KernelInfo::* on_gpu, PlannedProblem const& problem, Arguments const& arguments,
+         std::uintptr_t stream, std::uintptr_t workspace) {
+  if (!kernel.cuda.is_cuda) {
+    py::gil_scoped_release const released;
+    (kernel.*on_cpu)(arguments);
+    return;
+  }
+  cuda::KernelInfo const& code = *find_code(kernel);
+  cuda::LaunchContext const context = launch_context(problem, code, stream, workspace);
   std::array<char, 512> message{};
   int failed;
   {
     py::gil_scoped_release const released;
-    failed = entry(&arguments, &context, message.data(), static_cast<int>(message.size()));
+    failed = (code.*on_gpu).run(&arguments, &context, message.data(), static_cast<int>(message.size()));
   }
   if (failed != 0) throw std::runtime_error(message.data());
 }
@@ -153,13 +164,7 @@ void forward(PlannedProblem const& problem, std::string const& kernel, TensorRef
   a.output = output;
   a.lse = lse;
   a.num_threads = num_threads;
-  if (row.cuda.is_cuda) {
-    cuda::KernelInfo const& code = *find_code(row);
-    launch(code.forward, a, launch_context(problem, code, stream, workspace));
-    return;
-  }
-  py::gil_scoped_release const released;
-  row.forward(a);
+  run(row, &Kernel::forward, &cuda::KernelInfo::forward, problem, a, stream, workspace);
 }
 
 void backward(PlannedProblem const& problem, std::string const& kernel, TensorRef const& query, TensorRef const& key,
@@ -190,13 +195,24 @@ void backward(PlannedProblem const& problem, std::string const& kernel, TensorRe
   a.d_additional_values = d_additional_values;
   a.d_rpb = reinterpret_cast<void*>(d_rpb);
   a.num_threads = num_threads;
-  if (row.cuda.is_cuda) {
-    cuda::KernelInfo const& code = *find_code(row);
-    launch(code.backward, a, launch_context(problem, code, stream, workspace));
-    return;
-  }
-  py::gil_scoped_release const released;
-  row.backward(a);
+  run(row, &Kernel::backward, &cuda::KernelInfo::backward, problem, a, stream, workspace);
+}
+
+void unfused(PlannedProblem const& problem, std::string const& op, std::string const& kernel, TensorRef const& query,
+             TensorRef const& key, TensorRef const& weights, std::uintptr_t rpb, std::uintptr_t d_rpb,
+             double unused_value, int num_threads, int arch, std::uintptr_t stream, std::uintptr_t workspace) {
+  if (op_of(op) < Op::kQk) throw std::invalid_argument("op = '" + op + "' is fused");
+  Kernel const& row = find_kernel(kernel, op_of(op), problem, {arch, false, {}});
+  UnfusedArguments a;
+  a.problem = problem;
+  a.query = query;
+  a.key = key;
+  a.weights = weights;
+  a.rpb = reinterpret_cast<void const*>(rpb);
+  a.d_rpb = reinterpret_cast<void*>(d_rpb);
+  a.unused = unused_value;
+  a.num_threads = num_threads;
+  run(row, &Kernel::unfused, &cuda::KernelInfo::unfused, problem, a, stream, workspace);
 }
 
 char const* forced_isa() {
@@ -204,18 +220,25 @@ char const* forced_isa() {
   return isa ? isa : "";
 }
 
-// Of device memory, that `backward` wants as its workspace.
-std::int64_t workspace_bytes(PlannedProblem const& problem, std::string const& kernel, int arch) {
-  Kernel const& row = find_kernel(kernel, Op::kBackward, problem, {arch, false, {}});
+// Of device memory, that `kernel` wants as its workspace.
+std::int64_t workspace_bytes(PlannedProblem const& problem, std::string const& op, std::string const& kernel,
+                             int arch) {
+  Kernel const& row = find_kernel(kernel, op_of(op), problem, {arch, false, {}});
   if (!row.cuda.is_cuda) return 0;
   cuda::KernelInfo const& code = *find_code(row);
-  if (code.workspace_bytes == nullptr) return 0;
-  BackwardArguments arguments;
-  arguments.problem = problem;
-  std::int64_t nothing = 0;  // stands for a table that is there
-  if (problem.has_rpb) arguments.d_rpb = &nothing;
   cuda::LaunchContext const context = launch_context(problem, code, 0, 0);
-  return code.workspace_bytes(&arguments, &context);
+  std::int64_t nothing = 0;  // stands for a table that is there
+  BackwardArguments backward_arguments;
+  if (problem.has_rpb) backward_arguments.d_rpb = &nothing;
+  UnfusedArguments unfused_arguments;
+  if (row.op == Op::kRpbGradient) unfused_arguments.d_rpb = &nothing;
+  auto const bytes = [&](auto const& entry, auto arguments) -> std::int64_t {
+    if (entry.workspace_bytes == nullptr) return 0;
+    arguments.problem = problem;
+    return entry.workspace_bytes(&arguments, &context);
+  };
+  return bytes(code.forward, ForwardArguments()) + bytes(code.backward, backward_arguments) +
+         bytes(code.unfused, unfused_arguments);
 }
 
 int num_parallel_threads(int num_threads) {
@@ -292,7 +315,11 @@ void register_kernels(py::module_& module) {
              py::arg("d_key"), py::arg("d_value"), py::arg("d_additional_keys"), py::arg("d_additional_values"),
              py::arg("d_rpb"), py::arg("num_threads"), py::arg("arch") = 0, py::arg("stream") = 0,
              py::arg("workspace") = 0);
-  module.def("workspace_bytes", &workspace_bytes, py::arg("problem"), py::arg("kernel"), py::arg("arch") = 0);
+  module.def("unfused", &unfused, py::arg("problem"), py::arg("op"), py::arg("kernel"), py::arg("query"),
+             py::arg("key"), py::arg("weights"), py::arg("rpb"), py::arg("d_rpb"), py::arg("unused"),
+             py::arg("num_threads"), py::arg("arch") = 0, py::arg("stream") = 0, py::arg("workspace") = 0);
+  module.def("workspace_bytes", &workspace_bytes, py::arg("problem"), py::arg("op"), py::arg("kernel"),
+             py::arg("arch") = 0);
   module.def("load_kernels", &load_kernels, py::arg("path"));
   module.def("libraries", [] {
     py::list list;

@@ -8,6 +8,10 @@
 
 namespace natten {
 
+// What a kernel computes. The unfused ones (from kQk on) are linear in each of their operands, and closed under
+// differentiation: see UnfusedArguments.
+enum class Op : int { kForward, kBackward, kQk, kAv, kAvTransposed, kRpbGradient };
+
 // [batch, axis 0, axis 1, axis 2, heads, head_dim]; strides in elements. Additional keys and values and their
 // gradients are [batch, token, heads_kv, head_dim], with the token as axis 2.
 struct TensorRef {
@@ -45,6 +49,25 @@ struct BackwardArguments {
   TensorRef d_query, d_key, d_value;
   TensorRef d_additional_keys, d_additional_values;
   void* d_rpb = nullptr;  // same shape and type as rpb; null unless problem.has_rpb
+  int num_threads = 1;
+};
+
+// Attention weights in memory: [batch, heads, axis 0, axis 1, axis 2, slots], where slot (t0, t1, t2) of a query, last
+// axis fastest, is the key at window(query).begin + t on every axis; windows shorter than kernel_size leave slots without
+// a key. With w(i, j) the weight of query i for key j, and heads and batch entries apart,
+//   kQk             w(i, j) = query_i . key_j + rpb[j - i]; in slots without a key `unused`, but 0 in those that boundary
+//                   "zeros" counts (t < Group::counted on every axis)
+//   kAv             query_i = sum over j of w(i, j) key_j
+//   kAvTransposed   key_j = sum over i, and the query heads of its head, of w(i, j) query_i
+//   kRpbGradient    d_rpb[r] = sum over i and the batch of w(i, i + r)
+// Of query, key and weights the one on the left is written, the others are read. Slots without a key are never read.
+struct UnfusedArguments {
+  Problem problem;  // head_dim is that of query and key; scale, head_dim_value and additional_keys say nothing
+  TensorRef query, key;
+  TensorRef weights;          // the last dim are the slots
+  void const* rpb = nullptr;  // as above; null for none
+  void* d_rpb = nullptr;      // of kRpbGradient
+  double unused = 0;          // of kQk
   int num_threads = 1;
 };
 

@@ -18,8 +18,8 @@ class Kernel:
     """One row of the kernel table, with what this machine says about it."""
 
     name: str
-    op: str  # "forward" or "backward"
-    backend: str  # "fna" or "naive"
+    op: str  # "forward", "backward", or an unfused one: "qk", "av", "av_transposed", "rpb_gradient"
+    backend: str  # "fna", "gemm" or "naive"
     isa: str  # of a CUDA kernel, the policy it is written for
     dtypes: tuple[str, ...]
     max_head_dim: int
@@ -67,8 +67,8 @@ def load_library(path: str) -> None:
 def libraries() -> list[tuple[str, str, int]]:
     """Libraries of CUDA kernels that are loaded, the package's own included: path, toolkit, number of kernels."""
 
-def workspace_bytes(problem: Problem, kernel: str, arch: int = 0) -> int:
-    """Device memory that `backward` wants as its workspace."""
+def workspace_bytes(problem: Problem, op: str, kernel: str, arch: int = 0) -> int:
+    """Device memory that the kernel wants as its workspace."""
 
 def forward(
     problem: Problem,
@@ -110,6 +110,23 @@ def backward(
     stream: int = 0,
     workspace: int = 0,
 ) -> None: ...
+def unfused(
+    problem: Problem,
+    op: str,
+    kernel: str,
+    query: Tensor,
+    key: Tensor,
+    weights: Tensor,
+    rpb: int,
+    d_rpb: int,
+    unused: float,
+    num_threads: int,
+    arch: int = 0,
+    stream: int = 0,
+    workspace: int = 0,
+) -> None:
+    """Runs an unfused op, as natten::UnfusedArguments defines it: which operand is written depends on the op."""
+
 def windows(axis: AxisInts) -> list[tuple[int, int, int, int]]:
     """For every token of the query tensor: (dilation group, begin, end, keys its softmax counts), in group positions.
 

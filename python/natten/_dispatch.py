@@ -234,9 +234,7 @@ def launch(
     empty = 0 in query or (0 in key and additional == 0)
     if empty:
         return Launch(problem, None, 0)
-    return Launch(
-        problem, chosen, _C.workspace_bytes(problem, chosen, arch) if op == "backward" else 0
-    )
+    return Launch(problem, chosen, _C.workspace_bytes(problem, op, chosen, arch))
 
 
 def _nothing_runs(backend: str, candidates: list[Candidate]) -> NotImplementedError:

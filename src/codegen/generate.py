@@ -13,7 +13,19 @@ import re
 import runpy
 from pathlib import Path
 
-from table import ANY_ARCH, BASELINE, CUDA_ROWS, ISAS, ROWS, CudaRow, Isa, Row, emulated
+from table import (
+    ANY_ARCH,
+    BASELINE,
+    CUDA_ROWS,
+    ENTRIES,
+    ISAS,
+    OPS,
+    ROWS,
+    CudaRow,
+    Isa,
+    Row,
+    emulated,
+)
 
 # dtype of a row -> C++ storage type, enumerator of natten::DType.
 STORAGE = {
@@ -28,7 +40,16 @@ CUDA_STORAGE = {
     "bf16": "cutlass::bfloat16_t",
     "f16": "cutlass::half_t",
 }
-OPS = ("forward", "backward")
+
+
+def enumerator(op: str) -> str:
+    """Of natten::Op."""
+    return "Op::k" + op.title().replace("_", "")
+
+
+def entries(op: str, function: str, nothing: str) -> str:
+    """C++ initializers of a kernel's entry points: `function` where the op's belongs, `nothing` elsewhere."""
+    return ", ".join(function if entry == OPS[op].entry else nothing for entry in ENTRIES)
 
 
 def check(rows: tuple[Row, ...], cuda_rows: tuple[CudaRow, ...]) -> None:
@@ -56,7 +77,7 @@ def check(rows: tuple[Row, ...], cuda_rows: tuple[CudaRow, ...]) -> None:
 
 def signature(row: Row) -> str:
     """Declaration of a row's entry point, within its ISA's namespace."""
-    return f"void {row.name}({row.op.capitalize()}Arguments const& arguments)"
+    return f"void {row.name}({OPS[row.op].arguments} const& arguments)"
 
 
 def instantiation(row: Row) -> str:
@@ -83,19 +104,18 @@ def table(rows: list[Row], isas: list[Isa]) -> str:
         f"namespace natten::cpu::{row.isa.namespace} {{ {signature(row)}; }}" for row in rows
     )
     isa_entries = "\n".join(f'    {{"{isa.id}", {supports(isa)}}},' for isa in isas)
-    entries = []
+    kernels = []
     for row in rows:
         function = f"&cpu::{row.isa.namespace}::{row.name}"
-        forward, backward = (function if row.op == op else "nullptr" for op in OPS)
-        entries.append(
-            f'    {{"{row.name}", Op::k{row.op.capitalize()}, "{row.backend}", "{row.isa.id}", '
-            f"DType::{STORAGE[row.dtype][1]}, {row.max_head_dim}, {forward}, {backward}, {{}}}},"
+        kernels.append(
+            f'    {{"{row.name}", {enumerator(row.op)}, "{row.backend}", "{row.isa.id}", '
+            f"DType::{STORAGE[row.dtype][1]}, {row.max_head_dim}, {entries(row.op, function, 'nullptr')}, {{}}}},"
         )
     for cuda_row in CUDA_ROWS:
-        entries.append(
-            f'    {{"{cuda_row.name}", Op::k{cuda_row.op.capitalize()}, "{cuda_row.backend}", '
-            f'"{cuda_row.policy.id}", DType::{STORAGE[cuda_row.dtype][1]}, {cuda_row.max_head_dim}, nullptr, nullptr, '
-            f"{cuda_traits(cuda_row)}}},"
+        kernels.append(
+            f'    {{"{cuda_row.name}", {enumerator(cuda_row.op)}, "{cuda_row.backend}", "{cuda_row.policy.id}", '
+            f"DType::{STORAGE[cuda_row.dtype][1]}, {cuda_row.max_head_dim}, "
+            f"{entries(cuda_row.op, 'nullptr', 'nullptr')}, {cuda_traits(cuda_row)}}},"
         )
     newline = "\n"
     return f"""\
@@ -114,7 +134,7 @@ std::vector<Isa> const& isas() {{
 
 std::vector<Kernel> const& own_kernels() {{
   static std::vector<Kernel> const table = {{
-{newline.join(entries)}
+{newline.join(kernels)}
   }};
   return table;
 }}
@@ -142,12 +162,12 @@ def cuda_instantiation(row: CudaRow) -> str:
         header = f'#include "natten/cuda/policy/{row.policy.header}.hpp"\n'
         argument = f"{row.policy.id}<{element}, {row.max_head_dim}, {row.own}, {row.streamed}, {row.stages}>"
         kernel_header = f"{row.backend}_{row.op}"
-    kind = f"{row.op.capitalize()}Arguments"
+    kind = OPS[row.op].arguments
     workspace = ""
-    if row.op == "backward":
+    if OPS[row.op].has_workspace:
         workspace = f"""
-std::int64_t {row.name}_workspace(BackwardArguments const* arguments, LaunchContext const* context) {{
-  return {row.backend}_backward_workspace<{argument}>(*arguments, *context);
+std::int64_t {row.name}_workspace({kind} const* arguments, LaunchContext const* context) {{
+  return {row.backend}_{row.op}_workspace<{argument}>(*arguments, *context);
 }}
 """
     return f"""\
@@ -175,28 +195,25 @@ def compiled_archs(row: CudaRow, archs: list[int], *, all_policies: bool) -> lis
 
 def cuda_library(rows: list[tuple[CudaRow, list[int]]], *, on_host: bool) -> str:
     """The file that lists a library's rows for whoever loads it."""
-    declarations, entries = [], []
+    declarations, kernels = [], []
     for row, archs in rows:
-        arguments = f"{row.op.capitalize()}Arguments const*, LaunchContext const*, char*, int"
-        declarations.append(f"int {row.name}({arguments});")
+        arguments = f"{OPS[row.op].arguments} const*, LaunchContext const*"
+        declarations.append(f"int {row.name}({arguments}, char*, int);")
         workspace = "nullptr"
-        if row.op == "backward":
+        if OPS[row.op].has_workspace:
             workspace = f"&{row.name}_workspace"
-            declarations.append(
-                f"std::int64_t {row.name}_workspace(BackwardArguments const*, LaunchContext const*);"
-            )
+            declarations.append(f"std::int64_t {row.name}_workspace({arguments});")
         declarations.append(
             f"constexpr int {row.name}_archs[] = {{{', '.join(map(str, archs)) or '0'}}};"
         )
-        forward, backward = (f"&{row.name}" if row.op == op else "nullptr" for op in OPS)
         name = (
             f"{row.name}_emulated" if on_host else row.name
         )  # so as not to stand for the real one
-        entries.append(
-            f'    {{"{name}", "{row.backend}", "{row.policy.id}", {int(row.op == "backward")}, '
+        kernels.append(
+            f'    {{"{name}", "{row.backend}", "{row.policy.id}", {enumerator(row.op)}, '
             f"DType::{STORAGE[row.dtype][1]}, {int(row.policy.is_tf32)}, {row.policy.min_arch}, "
             f"{row.policy.max_arch}, {row.max_head_dim}, {row.own}, {row.streamed}, {row.name}_archs, {len(archs)}, "
-            f"{workspace}, {forward}, {backward}}},"
+            f"{entries(row.op, f'{{&{row.name}, {workspace}}}', '{}')}}},"
         )
     newline = "\n"
     toolkit = '"emulation on the CPU"' if on_host else "NATTEN_CUDA_TOOLKIT"
@@ -208,7 +225,7 @@ namespace natten::cuda {{
 {newline.join(declarations)}
 
 constexpr KernelInfo kKernels[] = {{
-{newline.join(entries)}
+{newline.join(kernels)}
 }};
 
 }}  // namespace natten::cuda

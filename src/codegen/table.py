@@ -14,6 +14,36 @@ ANY_HEAD_DIM = 2**31 - 1
 
 
 @dataclass(frozen=True)
+class Op:
+    """What the kernels of an op look like to their callers.
+
+    Attributes:
+        entry: Which of the entry points it fills, and the first word of the struct that it is called with.
+        has_workspace: Whether CUDA kernels of it want device memory.
+    """
+
+    entry: str
+    has_workspace: bool = False
+
+    @property
+    def arguments(self) -> str:
+        """The struct that it is called with."""
+        return f"{self.entry.capitalize()}Arguments"
+
+
+ENTRIES = ("forward", "backward", "unfused")
+OPS = {
+    "forward": Op("forward"),
+    "backward": Op("backward", has_workspace=True),
+    "qk": Op("unfused"),
+    "av": Op("unfused"),
+    "av_transposed": Op("unfused"),
+    "rpb_gradient": Op("unfused", has_workspace=True),
+}
+UNFUSED_OPS = tuple(name for name, op in OPS.items() if op.entry == "unfused")
+
+
+@dataclass(frozen=True)
 class Isa:
     """An instruction set that kernels are compiled for, chosen among at run time.
 
@@ -63,7 +93,7 @@ class Row:
 
     Attributes:
         backend: Its family: the function template is ``<backend>_<op>`` in ``natten/cpu/<header>.hpp``.
-        op: ``"forward"`` or ``"backward"``.
+        op: What it computes, a key of ``OPS``.
         dtype: Storage type of the tensors, a key of ``generate.STORAGE``.
         isa: What it is compiled for.
         max_head_dim: Largest head dim, of queries and of values.
@@ -84,7 +114,9 @@ class Row:
     @property
     def header(self) -> str:
         """Where its template lives."""
-        return "naive" if self.backend == "naive" else f"{self.backend}_{self.op}"
+        if self.backend == "naive":
+            return "naive_unfused" if self.op in UNFUSED_OPS else "naive"
+        return f"{self.backend}_{self.op}"
 
 
 ROWS = (
@@ -94,7 +126,9 @@ ROWS = (
     ),
     *(
         Row("naive", op, dtype, BASELINE, max_head_dim=ANY_HEAD_DIM)
-        for op, dtype in product(("forward", "backward"), ("f64", "f32", "bf16", "f16"))
+        for op, dtype in product(
+            ("forward", "backward", *UNFUSED_OPS), ("f64", "f32", "bf16", "f16")
+        )
     ),
 )
 
@@ -136,7 +170,7 @@ class CudaRow:
 
     Attributes:
         backend: Its family: the function template is ``run_<backend>_<op>`` in ``natten/cuda/kernel``.
-        op: ``"forward"`` or ``"backward"``.
+        op: What it computes, a key of ``OPS``.
         dtype: Storage type of the tensors, a key of ``generate.CUDA_STORAGE``.
         policy: What it is written for.
         max_head_dim: Head dims up to this one are padded to it, in the kernel.

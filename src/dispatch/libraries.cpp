@@ -106,7 +106,7 @@ void load_kernels(std::string const& path) {
     cuda::KernelInfo const& info = library.kernels[i];
     Kernel kernel{};
     kernel.name = registry.code.find(name_of(info, library))->first.c_str();
-    kernel.op = info.is_backward != 0 ? Op::kBackward : Op::kForward;
+    kernel.op = info.op;
     kernel.backend = info.backend;
     kernel.isa = info.policy;
     kernel.dtype = info.dtype;

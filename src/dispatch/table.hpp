@@ -8,8 +8,6 @@
 
 namespace natten {
 
-enum class Op { kForward, kBackward };
-
 struct Isa {
   char const* id;
   bool runs_here;  // on this CPU, under this operating system
@@ -31,8 +29,10 @@ struct Kernel {
   char const* isa;  // or the policy of a CUDA kernel
   DType dtype;
   int max_head_dim;
-  void (*forward)(ForwardArguments const&);    // null unless op is kForward
-  void (*backward)(BackwardArguments const&);  // null unless op is kBackward; CUDA's are in libraries (libraries.hpp)
+  // One of them is the entry point, the others are null; CUDA's are in libraries (libraries.hpp).
+  void (*forward)(ForwardArguments const&);
+  void (*backward)(BackwardArguments const&);
+  void (*unfused)(UnfusedArguments const&);
   CudaTraits cuda;
 
   bool is_for_cpu() const { return !cuda.is_cuda || cuda.is_emulated; }

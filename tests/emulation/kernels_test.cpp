@@ -75,27 +75,27 @@ bool passes(KernelInfo const& kernel, int number) {
   context.by_query = random_tiles(kernel, problem.rank);
   context.by_key = random_tiles(kernel, problem.rank);
   std::unique_ptr<void, Free> workspace;
-  if (!kernel.is_backward) {
+  if (kernel.op == Op::kForward) {
     ForwardArguments const f = forward_arguments(problem, inputs, results);
-    must_succeed([&](char* message, int size) { return kernel.forward(&f, &context, message, size); });
+    must_succeed([&](char* message, int size) { return kernel.forward.run(&f, &context, message, size); });
   } else {
     results.output = wide.output.converted(problem.dtype);
     results.lse = wide.lse.converted(shapes.wide);
     cpu::naive_backward<double>(backward_arguments(wide_problem, wide_inputs, wide_cotangents, wide));
     BackwardArguments const b = backward_arguments(problem, inputs, cotangents, results);
-    if (kernel.workspace_bytes != nullptr) {
+    if (kernel.backward.workspace_bytes != nullptr) {
       constexpr std::int64_t kAlignment = 256;
-      std::int64_t const bytes = kernel.workspace_bytes(&b, &context);
+      std::int64_t const bytes = kernel.backward.workspace_bytes(&b, &context);
       workspace.reset(std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment));
       std::memset(workspace.get(), 0xff, bytes);
       context.workspace = workspace.get();
     }
-    must_succeed([&](char* message, int size) { return kernel.backward(&b, &context, message, size); });
+    must_succeed([&](char* message, int size) { return kernel.backward.run(&b, &context, message, size); });
   }
 
   bool all = true;
   compare_results(problem, results, wide, [&](char const* name, Array const& a, Array const& b) {
-    if (!kernel.is_backward && name != std::string("output") && name != std::string("lse")) return;
+    if (kernel.op == Op::kForward && name != std::string("output") && name != std::string("lse")) return;
     double const difference = a.difference(b);
     if (difference <= tolerance(kernel)) return;
     std::printf("%s: problem %d: %s off by %g\n", kernel.name, number, name, difference);
