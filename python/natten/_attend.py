@@ -3,16 +3,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from natten import _dispatch, _flex, _ops
-from natten._problem import OperandInfos, Operands, Problem, normalize, normalize_dense
+from natten import _dispatch, _flex, _ops, _unfused
+from natten._problem import (
+    AvOperands,
+    Operands,
+    Problem,
+    QkOperands,
+    TensorInfo,
+    describe,
+    normalize,
+    normalize_av,
+    normalize_dense,
+    normalize_qk,
+    reject,
+)
 
 
 class Plan(NamedTuple):
@@ -54,7 +67,7 @@ def _cached_plan(
     needs_grad: bool,
     backend: str,
     isa: str,
-    infos: OperandInfos,
+    infos: tuple[TensorInfo | None, ...],
     *keys: Any,
 ) -> Plan:
     problem = normalizer(infos, *map(_value, keys))
@@ -66,11 +79,11 @@ _dispatch._after_loading.append(_cached_plan.cache_clear)
 
 def _plan(
     normalizer: Callable[..., Problem],
-    operands: Operands,
+    operands: tuple[Tensor | None, ...],
+    infos: tuple[TensorInfo | None, ...],
     arguments: tuple[Any, ...],
     backend: str | None,
 ) -> Plan:
-    infos = operands.describe()
     needs_grad = _needs_grad(operands)
     if torch.compiler.is_compiling():
         problem = normalizer(infos, *arguments)
@@ -84,7 +97,7 @@ def _plan(
         return _cached_plan.__wrapped__(normalizer, needs_grad, name, isa, infos, *arguments)
 
 
-def _needs_grad(operands: Operands) -> bool:
+def _needs_grad(operands: tuple[Tensor | None, ...]) -> bool:
     if not torch.is_grad_enabled():
         return False
     if torch.compiler.is_compiling():
@@ -93,23 +106,24 @@ def _needs_grad(operands: Operands) -> bool:
     return torch._C._any_requires_grad(*operands)
 
 
-def _autocast(operands: Operands) -> Operands:
-    """The operands in the type that autocast wants, if it is on for their device; never those in float64."""
-    query, key, value, additional_keys, additional_values, rpb = operands
-    if not isinstance(query, Tensor) or query.device.type == "meta":
-        return operands
-    if not torch.is_autocast_enabled(query.device.type):
-        return operands
-    dtype = torch.get_autocast_dtype(query.device.type)
+_T = TypeVar("_T", Operands, QkOperands, AvOperands)
 
-    def cast(tensor: Any) -> Any:
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+
+def _autocast(operands: _T) -> _T:
+    """The operands in the type that autocast wants, if it is on for their device; never those in float64."""
+    first = operands[0]
+    if not isinstance(first, Tensor) or first.device.type == "meta":
+        return operands
+    if not torch.is_autocast_enabled(first.device.type):
+        return operands
+    dtype = torch.get_autocast_dtype(first.device.type)
+
+    def cast(name: str, tensor: Any) -> Any:
+        if name == "rpb" or not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             return tensor
         return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
-    return Operands(
-        cast(query), cast(key), cast(value), cast(additional_keys), cast(additional_values), rpb
-    )
+    return type(operands)(*map(cast, operands._fields, operands))
 
 
 def _run(plan: Plan, operands: Operands) -> tuple[Tensor, Tensor]:
@@ -120,7 +134,8 @@ def _run(plan: Plan, operands: Operands) -> tuple[Tensor, Tensor]:
         return _flex.forward(operands, problem.flat_axes, problem.scale)
     if operands.rpb is not None:
         operands = operands._replace(rpb=operands.rpb.to(_ops.lse_dtype(problem.dtype)))
-    return _ops.attend(operands, problem.flat_axes, problem.scale, plan.backend, plan.needs_grad)
+    settings = problem.flat_axes, problem.scale, plan.backend
+    return _ops.run(_ops.FORWARD, plan.needs_grad, *operands, *settings)  # type: ignore[no-any-return]
 
 
 def neighborhood(
@@ -129,7 +144,8 @@ def neighborhood(
     """Output and LSE of neighborhood attention. `arguments` are those of `normalize`, from kernel_size on."""
     if torch._C._is_any_autocast_enabled():
         operands = _autocast(operands)
-    return _run(_plan(normalize, operands, (rank, *arguments), backend), operands)
+    infos = operands.describe()
+    return _run(_plan(normalize, operands, infos, (rank, *arguments), backend), operands)
 
 
 def dense(
@@ -138,7 +154,47 @@ def dense(
     """Output and LSE of dense attention."""
     if torch._C._is_any_autocast_enabled():
         operands = _autocast(operands)
-    return _run(_plan(normalize_dense, operands, (is_causal, scale), backend), operands)
+    infos = operands.describe()
+    return _run(_plan(normalize_dense, operands, infos, (is_causal, scale), backend), operands)
+
+
+def qk(rank: int, backend: str | None, operands: QkOperands, *arguments: Any) -> Tensor:
+    """Attention weights before the softmax. `arguments` are those of `normalize_qk`, from kernel_size on."""
+    if torch._C._is_any_autocast_enabled():
+        operands = _autocast(operands)
+    plan = _plan(normalize_qk, operands, describe(operands), (rank, *arguments), backend)
+    query, key, additional_keys, rpb = operands
+    for dim, start, length in plan.problem.narrowing:
+        query = query.narrow(dim, start, length)
+    if rpb is not None:
+        rpb = rpb.to(_ops.lse_dtype(query.dtype))
+    settings = plan.problem.flat_axes, -math.inf, plan.backend
+    weights: Tensor = _ops.run(_unfused.QK, plan.needs_grad, query, key, rpb, *settings)
+    if additional_keys is None:
+        return weights
+    return torch.cat([weights, _product(query, additional_keys.mT)], dim=-1)
+
+
+def av(rank: int, backend: str | None, operands: AvOperands, *arguments: Any) -> Tensor:
+    """Sums by attention weights. `arguments` are those of `normalize_av`, from kernel_size on."""
+    if torch._C._is_any_autocast_enabled():
+        operands = _autocast(operands)
+    plan = _plan(normalize_av, operands, describe(operands), (rank, *arguments), backend)
+    attn, value, additional_values = operands
+    slots = attn.shape[-1] - plan.problem.additional_keys
+    settings = plan.problem.flat_axes, plan.backend
+    output: Tensor = _ops.run(_unfused.AV, plan.needs_grad, attn[..., :slots], value, *settings)
+    if additional_values is None:
+        return output
+    return output + _product(attn[..., slots:], additional_values)
+
+
+def _product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """[batch, heads, *grid, n] of rows [batch, heads, *grid, m] and a matrix [batch, heads_kv, m, n] a head."""
+    batch, heads, *grid, width = rows.shape
+    heads_kv = matrix.shape[1]
+    shape = batch, heads_kv, heads // heads_kv * math.prod(grid), width
+    return (rows.reshape(shape) @ matrix).reshape(batch, heads, *grid, matrix.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -161,12 +217,28 @@ class Explanation:
         return "\n".join([f"backend {self.backend!r}:", *lines])
 
 
+_EXPLAINED = ("attention", "qk", "av")
+
+
 def explain(
-    backend: str | None, device: str | None, operands: Operands, *arguments: Any
+    op: str, backend: str | None, device: str | None, operands: Operands, *arguments: Any
 ) -> Explanation:
     """What would run the problem. `arguments` are those of `normalize`, from kernel_size on."""
+    if op not in _EXPLAINED:
+        reject("op", repr(op), f"one of {', '.join(map(repr, _EXPLAINED))}")
     name = _dispatch.backend_in_force() if backend is None else _dispatch.canonical(backend)
     problem = normalize(operands.describe(), None, *arguments)
+    if op != "attention":
+        # Their kernels see the window's slots, and tokens of one head dim.
+        head_dim = problem.head_dim if op == "qk" else problem.head_dim_value
+        problem = replace(
+            problem,
+            op=op,
+            head_dim=head_dim,
+            head_dim_value=head_dim,
+            additional_keys=0,
+            has_rpb=problem.has_rpb and op == "qk",
+        )
     isa = _dispatch.forced_isa()
     found = _dispatch.candidates(problem, _needs_grad(operands), isa, device)
     asked = (c for c in found if name in ("auto", c.backend) and not c.reasons)

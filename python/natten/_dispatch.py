@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import warnings
@@ -26,6 +27,12 @@ _ALIASES = {
     **dict.fromkeys(("cutlass-fna", "hopper-fna", "blackwell-fna"), "fna"),
     **dict.fromkeys(("cutlass-fmha", "hopper-fmha", "blackwell-fmha"), "fna"),
     **dict.fromkeys(("flex-fna", "flex-fmha"), "flex"),
+}
+# What computes the gradients of an op.
+_GRADIENT_OPS = {
+    "forward": ("backward",),
+    "qk": ("av", "av_transposed", "rpb_gradient"),
+    "av": ("qk", "av_transposed"),
 }
 # Of the GPUs that CUDA kernels are for; ROCm calls its devices "cuda" too.
 _HAS_CUDA = torch.version.cuda is not None
@@ -51,8 +58,8 @@ def use_backend(name: str) -> Iterator[None]:
     Nests, and holds for the current thread and the current asyncio task only.
 
     Args:
-        name: ``"auto"``, ``"fna"``, ``"naive"``, ``"flex"`` or ``"reference"``, or a name of the 0.2x generation
-            of the package, such as ``"cutlass-fna"``.
+        name: ``"auto"``, ``"fna"``, ``"gemm"`` (of the unfused operations), ``"naive"``, ``"flex"`` or
+            ``"reference"``, or a name of the 0.2x generation of the package, such as ``"cutlass-fna"``.
 
     Raises:
         ValueError: If there is no backend of that name.
@@ -141,6 +148,7 @@ def load_kernels(path: str | os.PathLike[str]) -> None:
     """
     _C.load_library(os.fspath(path))
     launch.cache_clear()
+    launch_unfused.cache_clear()
     for clear in _after_loading:
         clear()
 
@@ -193,7 +201,7 @@ def launch(
         ArgumentError: If the shapes do not fit the axes or each other: the core would read out of bounds.
         NotImplementedError: If no kernel of the backend can run it.
     """
-    axes = [Axis(*flat_axes[i : i + AXIS_INTS]) for i in range(0, len(flat_axes), AXIS_INTS)]
+    axes = _axes(flat_axes)
     query, key, value, additional_keys, _, rpb = shapes
     assert query is not None
     assert key is not None
@@ -225,14 +233,69 @@ def launch(
         scale,
         allow_tf32,
     )
+    # Dense attention to an empty sequence is the one problem without keys.
+    is_empty = 0 in query or (0 in key and additional == 0)
+    return _launch(problem, op, backend, isa, arch, is_empty)
+
+
+@lru_cache(maxsize=1024)
+def launch_unfused(
+    op: str,
+    backend: str,
+    isa: str,
+    dtype: torch.dtype,
+    flat_axes: tuple[int, ...],
+    shapes: tuple[tuple[int, ...] | None, ...],
+    arch: int,
+    allow_tf32: bool,
+) -> Launch:
+    """The same for the unfused ops. `shapes`: of the tokens of queries and of keys, heads first; of weights and bias."""
+    axes = _axes(flat_axes)
+    query, key, weights, rpb = shapes
+    rows = weights if query is None else query
+    assert rows is not None
+    batch, heads = rows[:2]
+    heads_kv, head_dim = (heads, 1) if key is None else (key[1], key[-1])
+    grid = tuple(axis.query_extent for axis in axes)
+    keys = tuple(axis.key_extent for axis in axes)
+    slots = math.prod(axis.kernel_size for axis in axes)
+    fitting = (
+        None if query is None else (batch, heads, *grid, head_dim),
+        None if key is None else (batch, heads_kv, *keys, head_dim),
+        (batch, heads, *grid, slots),
+        None if rpb is None else (heads, *(2 * axis.kernel_size - 1 for axis in axes)),
+    )
+    if shapes != fitting:
+        reject("shapes of the operands", shapes, f"{fitting}, by the axes {axes}")
+    problem = _C.Problem(
+        str(dtype).removeprefix("torch."),
+        flat_axes,
+        batch,
+        heads,
+        heads_kv,
+        head_dim,
+        head_dim,
+        0,
+        rpb is not None,
+        1.0,
+        allow_tf32,
+    )
+    return _launch(problem, op, backend, isa, arch, 0 in rows)
+
+
+def _axes(flat_axes: tuple[int, ...]) -> list[Axis]:
+    return [Axis(*flat_axes[i : i + AXIS_INTS]) for i in range(0, len(flat_axes), AXIS_INTS)]
+
+
+def _launch(
+    problem: _C.Problem, op: str, backend: str, isa: str, arch: int, is_empty: bool
+) -> Launch:
     rows = _C.candidates(problem, op, backend, isa, arch)
     chosen = next((kernel.name for kernel, reasons in rows if not reasons), None)
     if chosen is None:
         found = [Candidate(kernel.backend, kernel.name, tuple(why)) for kernel, why in rows]
         raise _nothing_runs(backend, found)
-    # Dense attention to an empty sequence is the one problem without keys.
-    empty = 0 in query or (0 in key and additional == 0)
-    if empty:
+    if is_empty:
         return Launch(problem, None, 0)
     return Launch(problem, chosen, _C.workspace_bytes(problem, op, chosen, arch))
 
@@ -269,27 +332,46 @@ def candidates(
             bool(arch) and allows_tf32(),
         )
         where = (isa, arch, pretended is not None)
-        backward = _C.candidates(core, "backward", "auto", *where) if needs_grad else []
-        for kernel, reasons in _C.candidates(core, "forward", "auto", *where):
+        gradients = [
+            {row.backend for row, reasons in _C.candidates(core, op, "auto", *where) if not reasons}
+            for op in _GRADIENT_OPS[problem.op]
+            if needs_grad and (problem.has_rpb or op != "rpb_gradient")
+        ]
+        for kernel, reasons in _C.candidates(core, problem.op, "auto", *where):
             why = list(reasons)
-            gradients = [row for row in backward if row[0].backend == kernel.backend]
-            if needs_grad and not why and all(row_reasons for _, row_reasons in gradients):
+            if not why and any(kernel.backend not in able for able in gradients):
                 why.append("no backward kernel of its backend can run, and gradients are wanted")
             found.append(Candidate(kernel.backend, kernel.name, tuple(why)))
     else:
         why = [f"runs on the CPU or an NVIDIA GPU, and the tensors are on {device_type}"]
-        rows = [kernel for kernel in _C.kernels() if kernel.op == "forward"]
+        rows = [kernel for kernel in _C.kernels() if kernel.op == problem.op]
         found += [Candidate(kernel.backend, kernel.name, tuple(why)) for kernel in rows]
-    flex_reasons = _flex.reasons(
-        device_type,
-        problem.dtype,
-        problem.head_dim,
-        problem.head_dim_value,
-        problem.has_rpb,
-        needs_grad,
-    )
-    found.append(Candidate("flex", "flex", flex_reasons))
+    found += _without_kernels(problem, device_type, needs_grad)
     found.append(Candidate("reference", "reference"))
+    return found
+
+
+def _without_kernels(problem: Problem, device_type: str, needs_grad: bool) -> list[Candidate]:
+    """Backends that have no kernels in the table for the problem's op."""
+    ops: dict[str, list[str]] = {}
+    for kernel in _C.kernels():
+        ops.setdefault(kernel.backend, []).append(kernel.op)
+    ops["flex"] = ["forward"]
+    found = [
+        Candidate(name, name, (f"computes {', '.join(dict.fromkeys(known))}; not {problem.op}",))
+        for name, known in ops.items()
+        if problem.op not in known
+    ]
+    if problem.op == "forward":
+        reasons = _flex.reasons(
+            device_type,
+            problem.dtype,
+            problem.head_dim,
+            problem.head_dim_value,
+            problem.has_rpb,
+            needs_grad,
+        )
+        found.append(Candidate("flex", "flex", reasons))
     return found
 
 

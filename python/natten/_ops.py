@@ -46,20 +46,18 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def attend(
-    operands: Operands, axes: tuple[int, ...], scale: float, backend: str, needs_grad: bool
-) -> tuple[Tensor, Tensor]:
-    """Output and LSE of a problem, by the compiled core or by the reference."""
+def run(op: Any, needs_grad: bool, *arguments: Any) -> Any:
+    """The op of these arguments; past autograd, where there is nothing to differentiate."""
     if (
         torch.compiler.is_compiling()
         or needs_grad
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     ):
-        return FORWARD(*operands, axes, scale, backend)  # type: ignore[no-any-return]
-    # Nothing to differentiate: past the autograd kernel, which costs 5 us.
+        return op(*arguments)
+    # The autograd kernel costs 5 us.
     with _AutoDispatchBelowAutograd():
-        return FORWARD(*operands, axes, scale, backend)  # type: ignore[no-any-return]
+        return op(*arguments)
 
 
 # Kernels ------------------------------------------------------------------------------------------------------------

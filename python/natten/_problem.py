@@ -6,6 +6,7 @@ No window is computed here: whatever depends on one asks the compiled core.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -98,17 +99,44 @@ OperandInfos: TypeAlias = tuple[
 ]
 
 
+class QkOperands(NamedTuple):
+    """The tensors of attention weights, heads first."""
+
+    query: Tensor  # [batch, heads, *grid, head_dim]
+    key: Tensor  # [batch, heads_kv, *grid, head_dim]
+    additional_keys: Tensor | None = None  # [batch, heads_kv, token, head_dim]
+    rpb: Tensor | None = None  # [heads, *(2 * kernel_size - 1)]
+
+
+class AvOperands(NamedTuple):
+    """The tensors of a weighted sum, heads first."""
+
+    attn: Tensor  # [batch, heads, *grid, slot + token]
+    value: Tensor  # [batch, heads_kv, *grid, head_dim]
+    additional_values: Tensor | None = None  # [batch, heads_kv, token, head_dim]
+
+
+def describe(operands: QkOperands | AvOperands) -> tuple[TensorInfo | None, ...]:
+    """What the problem depends on of them."""
+    return tuple(
+        None if tensor is None else _describe(name, tensor)
+        for name, tensor in zip(operands._fields, operands, strict=True)
+    )
+
+
 @dataclass(frozen=True)
 class Problem:
     """An attention problem.
 
     Attributes:
+        op: What computes it: "forward" is fused attention, "qk" and "av" are its unfused halves.
         axes: The grid, outermost axis first. The query box is that of the tokens which really are queries.
         narrowing: Dim, start and length of the query tensor's part that holds queries; for boundary "valid" only.
         additional_keys: Dense keys that every query attends to.
         flat_axes: The numbers of `axes` in one row.
     """
 
+    op: str
     dtype: torch.dtype
     device: torch.device
     axes: tuple[Axis, ...]
@@ -152,6 +180,31 @@ class _Common:
     scale: float
 
 
+def _check_dtype(name: str, tensor: TensorInfo) -> None:
+    if tensor.dtype not in DTYPES:
+        wanted = f"one of {', '.join(map(str, DTYPES))}"
+        reject(f"{name}.dtype", tensor.dtype, wanted, "convert it")
+
+
+def _check_alike(name: str, other: TensorInfo, like: str, tensor: TensorInfo, rank: int) -> None:
+    """Checks that `other` has the type, device and batch size of `tensor`, and `rank` dims."""
+    if other.dtype != tensor.dtype:
+        reject(f"{name}.dtype", other.dtype, f"{tensor.dtype}, as the {like}", "convert one")
+    if other.device != tensor.device:
+        reject(f"{name}.device", other.device, f"{tensor.device}, as the {like}", "move one")
+    if len(other.shape) != rank:
+        reject(f"{name}.ndim", len(other.shape), f"{rank}", "unsqueeze or reshape it")
+    if other.shape[0] != tensor.shape[0]:
+        reject(f"{name}.shape[0]", other.shape[0], f"{tensor.shape[0]}, the {like}'s batch size")
+
+
+def _check_heads(name: str, heads: int, kv_name: str, heads_kv: int, like: str) -> None:
+    if heads == 0:
+        reject(name, heads, "at least 1 head")
+    if heads_kv == 0 or heads % heads_kv != 0:
+        reject(kv_name, heads_kv, f"a divisor of {heads}, the {like}'s number of heads")
+
+
 def _check_tensors(
     query: TensorInfo,
     key: TensorInfo,
@@ -160,8 +213,7 @@ def _check_tensors(
     additional_values: TensorInfo | None,
     scale: float | None,
 ) -> _Common:
-    if query.dtype not in DTYPES:
-        reject("query.dtype", query.dtype, f"one of {', '.join(map(str, DTYPES))}", "convert it")
+    _check_dtype("query", query)
     others = [("key", key), ("value", value)]
     if (additional_keys is None) != (additional_values is None):
         absent = "additional_keys" if additional_keys is None else "additional_values"
@@ -169,20 +221,10 @@ def _check_tensors(
     if additional_keys is not None and additional_values is not None:
         others += [("additional_keys", additional_keys), ("additional_values", additional_values)]
     for name, other in others:
-        if other.dtype != query.dtype:
-            reject(f"{name}.dtype", other.dtype, f"{query.dtype}, as the query", "convert one")
-        if other.device != query.device:
-            reject(f"{name}.device", other.device, f"{query.device}, as the query", "move one")
         rank = len(query.shape) if name in ("key", "value") else 4
-        if len(other.shape) != rank:
-            reject(f"{name}.ndim", len(other.shape), f"{rank}", "unsqueeze or reshape it")
-        if other.shape[0] != query.shape[0]:
-            reject(f"{name}.shape[0]", other.shape[0], f"{query.shape[0]}, the query's batch size")
+        _check_alike(name, other, "query", query, rank)
     heads, heads_kv = query.shape[-2], key.shape[-2]
-    if heads == 0:
-        reject("query.shape[-2]", heads, "at least 1 head")
-    if heads_kv == 0 or heads % heads_kv != 0:
-        reject("key.shape[-2]", heads_kv, f"a divisor of {heads}, the query's number of heads")
+    _check_heads("query.shape[-2]", heads, "key.shape[-2]", heads_kv, "query")
     if value.shape[-2] != heads_kv:
         reject("value.shape[-2]", value.shape[-2], f"{heads_kv}, the key's number of heads")
     if query.shape[-1] == 0:
@@ -341,6 +383,70 @@ def _check_box(i: int, what: str, extent: int, origin: int, size: int) -> None:
         )
 
 
+def _axes(
+    rank: int,
+    query_extents: tuple[int, ...],
+    key_extents: tuple[int, ...],
+    grid: IntPerAxis | None,
+    query_origins: tuple[int, ...],
+    key_origins: tuple[int, ...],
+    kernel_size: IntPerAxis,
+    stride: IntPerAxis | None,
+    dilation: IntPerAxis | None,
+    is_causal: BoolPerAxis | None,
+    boundary: StrPerAxis,
+    offset: IntPerAxis,
+) -> tuple[Axis, ...]:
+    extents = query_extents if grid is None else _integers("grid", grid, rank)
+    kernel_sizes = _integers("kernel_size", kernel_size, rank)
+    strides = _integers("stride", 1 if stride is None else stride, rank)
+    dilations = _integers("dilation", 1 if dilation is None else dilation, rank)
+    offsets = _integers("offset", offset, rank)
+    causal = per_axis("is_causal", False if is_causal is None else is_causal, rank)
+    boundaries = per_axis("boundary", boundary, rank)
+
+    axes: list[Axis] = []
+    for i in range(rank):
+        axis = Axis(
+            extent=extents[i],
+            kernel_size=kernel_sizes[i],
+            stride=strides[i],
+            dilation=dilations[i],
+            is_causal=int(_boolean(f"is_causal[{i}]", causal[i])),
+            boundary=_boundary(f"boundary[{i}]", boundaries[i]),
+            offset=offsets[i],
+            query_origin=query_origins[i],
+            query_extent=query_extents[i],
+            key_origin=key_origins[i],
+            key_extent=key_extents[i],
+        )
+        if axis.kernel_size == -1:
+            if axis.dilation != 1:
+                reject(
+                    f"dilation[{i}]", axis.dilation, f"1 with kernel_size[{i}] = -1, the whole axis"
+                )
+            axis = axis._replace(kernel_size=axis.extent, boundary=_SHIFT)
+        _check_axis(i, axis)
+        if grid is not None:
+            _check_box(i, "query", axis.extent, axis.query_origin, axis.query_extent)
+            _check_box(i, "key", axis.extent, axis.key_origin, axis.key_extent)
+        axes.append(_only_queries(i, axis) if axis.boundary == _VALID else axis)
+        if key_extents[i] != axis.extent:
+            _check_keys(i, axes[i])
+    return tuple(axes)
+
+
+def _check_rpb(rpb: TensorInfo, axes: tuple[Axis, ...], heads: int, query: TensorInfo) -> None:
+    shape = (heads, *(2 * axis.kernel_size - 1 for axis in axes))
+    if tuple(rpb.shape) != shape:
+        wanted = f"{shape}, which is [heads, *(2 * kernel_size - 1)]"
+        reject("rpb.shape", tuple(rpb.shape), wanted)
+    if not rpb.dtype.is_floating_point:
+        reject("rpb.dtype", rpb.dtype, "a floating point type", "convert it")
+    if rpb.device != query.device:
+        reject("rpb.device", rpb.device, f"{query.device}, as the query", "move one")
+
+
 def normalize(
     infos: OperandInfos,
     rank: int | None,
@@ -383,56 +489,24 @@ def normalize(
                 f"{tuple(query_extents)}, the query's grid",
                 "if they are boxes of a larger grid, pass grid, query_origin and key_origin",
             )
-    extents = query_extents if grid is None else _integers("grid", grid, rank)
     query_origins = _integers("query_origin", 0 if query_origin is None else query_origin, rank)
-    key_origins = _integers("key_origin", 0 if key_origin is None else key_origin, rank)
-    kernel_sizes = _integers("kernel_size", kernel_size, rank)
-    strides = _integers("stride", 1 if stride is None else stride, rank)
-    dilations = _integers("dilation", 1 if dilation is None else dilation, rank)
-    offsets = _integers("offset", offset, rank)
-    causal = per_axis("is_causal", False if is_causal is None else is_causal, rank)
-    boundaries = per_axis("boundary", boundary, rank)
-
-    axes: list[Axis] = []
-    for i in range(rank):
-        axis = Axis(
-            extent=extents[i],
-            kernel_size=kernel_sizes[i],
-            stride=strides[i],
-            dilation=dilations[i],
-            is_causal=int(_boolean(f"is_causal[{i}]", causal[i])),
-            boundary=_boundary(f"boundary[{i}]", boundaries[i]),
-            offset=offsets[i],
-            query_origin=query_origins[i],
-            query_extent=query_extents[i],
-            key_origin=key_origins[i],
-            key_extent=key_extents[i],
-        )
-        if axis.kernel_size == -1:
-            if axis.dilation != 1:
-                reject(
-                    f"dilation[{i}]", axis.dilation, f"1 with kernel_size[{i}] = -1, the whole axis"
-                )
-            axis = axis._replace(kernel_size=axis.extent, boundary=_SHIFT)
-        _check_axis(i, axis)
-        if grid is not None:
-            _check_box(i, "query", axis.extent, axis.query_origin, axis.query_extent)
-            _check_box(i, "key", axis.extent, axis.key_origin, axis.key_extent)
-        axes.append(_only_queries(i, axis) if axis.boundary == _VALID else axis)
-        if key_extents[i] != axis.extent:
-            _check_keys(i, axes[i])
-
+    axes = _axes(
+        rank,
+        query_extents,
+        key_extents,
+        grid,
+        query_origins,
+        _integers("key_origin", 0 if key_origin is None else key_origin, rank),
+        kernel_size,
+        stride,
+        dilation,
+        is_causal,
+        boundary,
+        offset,
+    )
     if rpb is not None:
-        shape = (common.heads, *(2 * axis.kernel_size - 1 for axis in axes))
-        if tuple(rpb.shape) != shape:
-            reject(
-                "rpb.shape", tuple(rpb.shape), f"{shape}, which is [heads, *(2 * kernel_size - 1)]"
-            )
-        if not rpb.dtype.is_floating_point:
-            reject("rpb.dtype", rpb.dtype, "a floating point type", "convert it")
-        if rpb.device != query.device:
-            reject("rpb.device", rpb.device, f"{query.device}, as the query", "move one")
-    return _problem(query, common, tuple(axes), query_origins, has_rpb=rpb is not None)
+        _check_rpb(rpb, axes, common.heads, query)
+    return _problem("forward", query, common, axes, query_origins, has_rpb=rpb is not None)
 
 
 def _only_queries(i: int, axis: Axis) -> Axis:
@@ -482,10 +556,89 @@ def normalize_dense(infos: OperandInfos, is_causal: bool, scale: float | None) -
         query_extent=length,
         key_extent=key_length,
     )
-    return _problem(query, common, (axis,), (0,), has_rpb=False)
+    return _problem("forward", query, common, (axis,), (0,), has_rpb=False)
+
+
+def normalize_qk(
+    infos: tuple[TensorInfo, TensorInfo, TensorInfo | None, TensorInfo | None],
+    rank: int,
+    *arguments: Any,
+) -> Problem:
+    """The problem of attention weights. `arguments`: kernel_size to offset, as of `normalize`."""
+    query, key, additional_keys, rpb = infos
+    common, axes = _check_unfused(
+        ("query", query), ("key", key), ("additional_keys", additional_keys), rank, arguments
+    )
+    if key.shape[-1] != query.shape[-1]:
+        reject("key.shape[-1]", key.shape[-1], f"{query.shape[-1]}, the query's head dim")
+    extents = tuple(query.shape[2:-1])
+    if extents != tuple(key.shape[2:-1]):
+        reject("key.shape[2:-1]", tuple(key.shape[2:-1]), f"{extents}, the query's grid")
+    if rpb is not None:
+        _check_rpb(rpb, axes, common.heads, query)
+    return _problem("qk", query, common, axes, (0,) * rank, has_rpb=rpb is not None)
+
+
+def normalize_av(
+    infos: tuple[TensorInfo, TensorInfo, TensorInfo | None], rank: int, *arguments: Any
+) -> Problem:
+    """The problem of a sum weighted by attention weights. `arguments`: kernel_size to offset, as of `normalize`."""
+    attn, value, additional_values = infos
+    common, axes = _check_unfused(
+        ("attn", attn), ("value", value), ("additional_values", additional_values), rank, arguments
+    )
+    grid = tuple(axis.query_extent for axis in axes)
+    if tuple(attn.shape[2:-1]) != grid:
+        reject("attn.shape[2:-1]", tuple(attn.shape[2:-1]), f"{grid}, the grid of the queries")
+    slots = math.prod(axis.kernel_size for axis in axes)
+    if attn.shape[-1] != slots + common.additional_keys:
+        extra = f" + {common.additional_keys} additional" if common.additional_keys else ""
+        wanted = f"{slots + common.additional_keys}, which is prod(kernel_size){extra}"
+        reject("attn.shape[-1]", attn.shape[-1], wanted)
+    # The weights are those of the queries already: there is nothing to narrow.
+    origins = tuple(axis.query_origin for axis in axes)
+    return _problem("av", attn, common, axes, origins, has_rpb=False)
+
+
+def _check_unfused(
+    rows: tuple[str, TensorInfo],
+    columns: tuple[str, TensorInfo],
+    extra: tuple[str, TensorInfo | None],
+    rank: int,
+    arguments: tuple[Any, ...],
+) -> tuple[_Common, tuple[Axis, ...]]:
+    """What is common to heads-first tensors: of the queries, of the keys, and of additional keys."""
+    (name, first), (kv_name, second), (extra_name, third) = rows, columns, extra
+    layout = f"[batch, heads, {'x, ' * rank}"
+    if len(first.shape) != rank + 3:
+        last = "head_dim]" if name == "query" else "prod(kernel_size)]"
+        reject(f"{name}.ndim", len(first.shape), f"{rank + 3}: {layout}{last}")
+    _check_dtype(name, first)
+    _check_alike(kv_name, second, name, first, rank + 3)
+    heads, heads_kv = first.shape[1], second.shape[1]
+    _check_heads(f"{name}.shape[1]", heads, f"{kv_name}.shape[1]", heads_kv, name)
+    head_dim = second.shape[-1]
+    if head_dim == 0:
+        reject(f"{kv_name}.shape[-1]", 0, "a head dim of at least 1")
+    count = 0
+    if third is not None:
+        _check_alike(extra_name, third, name, first, 4)
+        count = third.shape[2]
+        for dim, wanted, what in ((1, heads_kv, "number of heads"), (-1, head_dim, "head dim")):
+            if third.shape[dim] != wanted:
+                reject(
+                    f"{extra_name}.shape[{dim}]",
+                    third.shape[dim],
+                    f"{wanted}, the {kv_name}'s {what}",
+                )
+    extents = tuple(second.shape[2:-1])
+    origins = (0,) * rank
+    axes = _axes(rank, extents, extents, None, origins, origins, *arguments)
+    return _Common(first.shape[0], heads, heads_kv, head_dim, head_dim, count, 1.0), axes
 
 
 def _problem(
+    op: str,
     query: TensorInfo,
     common: _Common,
     axes: tuple[Axis, ...],
@@ -494,12 +647,15 @@ def _problem(
     has_rpb: bool,
 ) -> Problem:
     return Problem(
+        op=op,
         dtype=query.dtype,
         device=query.device,
         axes=axes,
         narrowing=tuple(
             (dim, axis.query_origin - origin, axis.query_extent)
-            for dim, (axis, origin) in enumerate(zip(axes, query_origins, strict=True), start=1)
+            for dim, (axis, origin) in enumerate(
+                zip(axes, query_origins, strict=True), start=1 if op == "forward" else 2
+            )
             if axis.boundary == _VALID
         ),
         batch=common.batch,

@@ -16,14 +16,21 @@ from natten import _attend, _varlen
 from natten._attend import Explanation
 from natten._merge import merge_attentions
 from natten._problem import BoolPerAxis, IntPerAxis, Operands, StrPerAxis
+from natten.unfused import na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk
 
 __all__ = [
     "attention",
     "explain",
     "merge_attentions",
     "na1d",
+    "na1d_av",
+    "na1d_qk",
     "na2d",
+    "na2d_av",
+    "na2d_qk",
     "na3d",
+    "na3d_av",
+    "na3d_qk",
     "neighborhood_attention_generic",
 ]
 
@@ -523,6 +530,7 @@ def explain(
     additional_values: Tensor | None = None,
     backend: str | None = None,
     *,
+    op: str = "attention",
     device: str | None = None,
     rpb: Tensor | None = None,
     boundary: StrPerAxis = "shift",
@@ -547,6 +555,7 @@ def explain(
         additional_keys: See there.
         additional_values: See there.
         backend: See there.
+        op: ``"attention"``, or a half of it, of the same tensors heads first: ``"qk"`` (`na1d_qk` and so on) or ``"av"``.
         device: The device to take the tensors to be on: ``"cpu"``, or an architecture of GPUs such as ``"sm_86"``, also
             one that is not at hand, and whether or not kernels are compiled for it here.
         rpb: See there.
@@ -569,6 +578,7 @@ def explain(
         'reference'
     """
     return _attend.explain(
+        op,
         backend,
         device,
         Operands(query, key, value, additional_keys, additional_values, rpb),

@@ -31,7 +31,7 @@ _CHUNK_NUMBERS = 1 << 24
 
 @dataclass(frozen=True)
 class _AxisTable:
-    """What the queries of one axis attend to, in slots: as many as the widest window has keys."""
+    """What the queries of one axis attend to, in slots."""
 
     keys: Tensor  # [query, slot] token of the key tensor, 0 where the slot is empty
     present: Tensor  # [query, slot] whether the slot holds a key
@@ -40,14 +40,17 @@ class _AxisTable:
 
 
 @functools.lru_cache(maxsize=64)
-def _axis_table(axis: tuple[int, ...]) -> _AxisTable:
+def _axis_table(axis: tuple[int, ...], slots: int | None) -> _AxisTable:
+    """`slots`: None for as many as the widest window has keys."""
     # On the CPU: a table is a few numbers per query of one axis. It outlives the transforms it is first asked for in.
     with torch.inference_mode(mode=False), torch.no_grad(), torch._C._DisableFuncTorch():
         rows = torch.tensor(_C.windows(axis), dtype=torch.int64, device="cpu").reshape(-1, 4)
         group, begin, end, counted = rows.unbind(1)
         dilation = axis[_DILATION]
         tokens = axis[_QUERY_ORIGIN] + torch.arange(len(rows), device="cpu")
-        width = int((end - begin).max()) if len(rows) else 0
+        width = slots
+        if width is None:
+            width = int((end - begin).max()) if len(rows) else 0
         keys = begin[:, None] + torch.arange(width, device="cpu")
         present = keys < end[:, None]
         bias = keys - (tokens // dilation)[:, None] + axis[_KERNEL_SIZE] - 1
@@ -69,12 +72,34 @@ class _Chunk:
     present: Tensor  # [query, slot]
     bias: Tensor  # [query, slot] index into the flattened bias table
     missing: Tensor  # [query] keys that count as logit 0 and value 0
+    counted: Tensor  # [query, slot] whether the slot holds a key, or a missing one that counts
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """[batch, query, slot, heads_kv, head_dim] of [batch, key, heads_kv, head_dim].
+
+        Zero in empty slots, so that nothing leaks out of them.
+        """
+        gathered = tensor[:, self.keys]
+        return gathered.masked_fill(~self.present[..., None, None], 0)
+
+    def scatter(self, target: Tensor, gathered: Tensor) -> Tensor:
+        """`target` plus what `gather` would have gathered from it; empty slots are passed over."""
+        kept = gathered.masked_fill(~self.present[..., None, None], 0)
+        return target.index_add(1, self.keys.flatten(), kept.flatten(1, 2))
+
+    def add_to_bias(self, target: Tensor, weights: Tensor) -> Tensor:
+        """`target` [heads_kv, group, entry] plus [heads_kv, group, query, slot], which are zero in empty slots."""
+        return target.index_add(2, self.bias.flatten(), weights.flatten(2))
 
 
 def _chunks(
-    axes: list[tuple[int, ...]], numbers_per_slot: int, device: torch.device
+    axes: list[tuple[int, ...]],
+    numbers_per_slot: int,
+    device: torch.device,
+    whole_windows: bool = False,
 ) -> Iterator[_Chunk]:
-    tables = [_axis_table(axis) for axis in axes]
+    """`whole_windows`: with kernel_size slots an axis, however short its windows are."""
+    tables = [_axis_table(axis, axis[_KERNEL_SIZE] if whole_windows else None) for axis in axes]
     extents = [axis[_QUERY_EXTENT] for axis in axes]
     count = math.prod(extents)
     slots = math.prod(table.keys.shape[1] for table in tables)
@@ -87,20 +112,24 @@ def _chunks(
             rest = rest // extent
         places.reverse()
         keys = bias = flat.new_zeros(len(flat), 1)
-        present = torch.ones(len(flat), 1, dtype=torch.bool, device="cpu")
+        present = in_counted = torch.ones(len(flat), 1, dtype=torch.bool, device="cpu")
         counted = torch.ones_like(flat)
         for axis, table, place in zip(axes, tables, places, strict=True):
             keys = (keys[:, :, None] * axis[_KEY_EXTENT] + table.keys[place][:, None]).flatten(1)
             width = 2 * axis[_KERNEL_SIZE] - 1
             bias = (bias[:, :, None] * width + table.bias[place][:, None]).flatten(1)
             present = (present[:, :, None] & table.present[place][:, None]).flatten(1)
-            counted = counted * table.counted[place]
+            counts = table.counted[place]
+            counted = counted * counts
+            along = torch.arange(table.keys.shape[1], device="cpu") < counts[:, None]
+            in_counted = (in_counted[:, :, None] & along[:, None]).flatten(1)
         yield _Chunk(
             queries=slice(begin, begin + len(flat)),
             keys=keys.where(present, 0).to(device),
             present=present.to(device),
             bias=bias.where(present, 0).to(device),
             missing=(counted - present.sum(1)).to(device),
+            counted=in_counted.to(device),
         )
 
 
@@ -121,17 +150,6 @@ class _Computed:
         batch, _, heads_kv, group, head_dim = self.query.shape
         numbers = batch * heads_kv * max(head_dim, self.value.shape[-1], group)
         return _chunks(self.axes, numbers, self.query.device)
-
-    def gather(self, tensor: Tensor, chunk: _Chunk) -> Tensor:
-        """[batch, query, slot, heads_kv, head_dim]; zero in empty slots, so that nothing leaks out of them."""
-        gathered = tensor[:, chunk.keys]
-        return gathered.masked_fill(~chunk.present[..., None, None], 0)
-
-    @staticmethod
-    def scatter(target: Tensor, chunk: _Chunk, gathered: Tensor) -> Tensor:
-        """`target` plus what `gather` would have gathered from it; empty slots are passed over."""
-        kept = gathered.masked_fill(~chunk.present[..., None, None], 0)
-        return target.index_add(1, chunk.keys.flatten(), kept.flatten(1, 2))
 
     def weights(self, chunk: _Chunk, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Softmax of the chunk [batch, query, heads_kv, group, slot + token], and its LSE [..., group]."""
@@ -169,9 +187,17 @@ def _split(tensor: Tensor, heads_dim: int, heads_kv: int) -> Tensor:
     return split
 
 
+def _axes(flat_axes: tuple[int, ...]) -> list[tuple[int, ...]]:
+    return [flat_axes[i : i + AXIS_INTS] for i in range(0, len(flat_axes), AXIS_INTS)]
+
+
+def _compute_type(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
 def _computed(operands: Operands, flat_axes: tuple[int, ...], scale: float) -> _Computed:
     query, key, value, additional_keys, additional_values, rpb = operands
-    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
+    compute = _compute_type(query)
     rank = len(flat_axes) // AXIS_INTS
     heads_kv = key.shape[-2]
 
@@ -185,7 +211,7 @@ def _computed(operands: Operands, flat_axes: tuple[int, ...], scale: float) -> _
         additional_keys=cast(additional_keys),
         additional_values=cast(additional_values),
         rpb=None if rpb is None else _split(rpb.to(compute).flatten(1), 0, heads_kv),
-        axes=[flat_axes[i : i + AXIS_INTS] for i in range(0, len(flat_axes), AXIS_INTS)],
+        axes=_axes(flat_axes),
         scale=scale,
     )
 
@@ -199,9 +225,9 @@ def forward(operands: Operands, flat_axes: tuple[int, ...], scale: float) -> tup
     o = _computed(operands, flat_axes, scale)
     outputs, lses = [], []
     for chunk in o.chunks():
-        weights, lse = o.weights(chunk, o.gather(o.key, chunk))
+        weights, lse = o.weights(chunk, chunk.gather(o.key))
         slots = chunk.keys.shape[1]
-        output = torch.einsum("bqhgw,bqwhd->bqhgd", weights[..., :slots], o.gather(o.value, chunk))
+        output = torch.einsum("bqhgw,bqwhd->bqhgd", weights[..., :slots], chunk.gather(o.value))
         if o.additional_values is not None:
             output = output + torch.einsum(
                 "bqhgn,bnhd->bqhgd", weights[..., slots:], o.additional_values
@@ -237,7 +263,7 @@ def backward(
     d_more_values = None if o.additional_values is None else torch.zeros_like(o.additional_values)
     d_rpb = None if o.rpb is None else torch.zeros_like(o.rpb)
     for chunk in o.chunks():
-        keys, values = o.gather(o.key, chunk), o.gather(o.value, chunk)
+        keys, values = chunk.gather(o.key), chunk.gather(o.value)
         weights, _ = o.weights(chunk, keys)
         slots = chunk.keys.shape[1]
         chunk_query, d_out = o.query[:, chunk.queries], d_outputs[:, chunk.queries]
@@ -253,14 +279,12 @@ def backward(
         # An empty slot's weight is 0, but not 0 times a NaN of the query's own.
         window = d_logits[..., :slots].masked_fill(~chunk.present[:, None, None], 0)
         d_query = torch.einsum("bqhgw,bqwhd->bqhgd", window, keys)
-        d_key = o.scatter(d_key, chunk, torch.einsum("bqhgw,bqhgd->bqwhd", window, chunk_query))
-        d_value = o.scatter(
-            d_value, chunk, torch.einsum("bqhgw,bqhgd->bqwhd", weights[..., :slots], d_out)
+        d_key = chunk.scatter(d_key, torch.einsum("bqhgw,bqhgd->bqwhd", window, chunk_query))
+        d_value = chunk.scatter(
+            d_value, torch.einsum("bqhgw,bqhgd->bqwhd", weights[..., :slots], d_out)
         )
         if d_rpb is not None:
-            d_rpb = d_rpb.index_add(
-                2, chunk.bias.flatten(), window.sum(dim=0).permute(1, 2, 0, 3).flatten(2)
-            )
+            d_rpb = chunk.add_to_bias(d_rpb, window.sum(dim=0).permute(1, 2, 0, 3))
         if o.additional_keys is not None and d_more_keys is not None and d_more_values is not None:
             dense = d_logits[..., slots:]
             d_query = d_query + torch.einsum("bqhgn,bnhd->bqhgd", dense, o.additional_keys)
