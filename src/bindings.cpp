@@ -279,11 +279,11 @@ void register_kernels(py::module_& module) {
   module.def(
       "kernels",
       [](std::string const& device) {
-        constexpr std::array<char const*, 2> kDevices = {"cpu", "cuda"};
-        bool const is_cpu = index_of(kDevices, device, "device") == 0;
+        constexpr std::array<char const*, 3> kDevices = {"cpu", "cuda", "emulation"};
+        int const wanted = index_of(kDevices, device, "device");
         py::list list;
         for (Kernel const& kernel : kernels()) {
-          if (kernel.is_for_cpu() != is_cpu) continue;
+          if (kernel.cuda.is_cuda + kernel.cuda.is_emulated != wanted) continue;
           list.append(py::cast(&kernel, py::return_value_policy::reference));
         }
         return list;

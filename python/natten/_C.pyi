@@ -29,7 +29,7 @@ class Kernel:
     max_arch: int  # the newest architecture it is chosen on; newer ones run it when it is named
     tile: tuple[int, int]  # tokens of an own and of a streamed tile
     archs: list[int]  # that its code is there for; loads the package's CUDA library
-    runs_on_host: bool  # a CUDA kernel in emulation
+    is_emulated: bool  # a CUDA kernel that runs on the CPU, for tests
 
 class Problem:
     """natten::Problem. Raises ValueError where a window leaves the key box."""
@@ -49,19 +49,23 @@ class Problem:
         allow_tf32: bool = False,
     ) -> None: ...
 
-def kernels() -> list[Kernel]:
-    """Every row of the table that was compiled in, in order of preference."""
+def kernels(device: str = "cpu") -> list[Kernel]:
+    """Every row of the table for "cpu", "cuda" or "emulation", in order of preference.
+
+    Of the CPU's those that were compiled in; of CUDA's all, with `archs` saying what there is.
+    """
 
 def candidates(
     problem: Problem, op: str, backend: str, isa: str, arch: int = 0, is_pretended: bool = False
 ) -> list[tuple[Kernel, list[str]]]:
     """Rows of `op` for a device in order of preference, each with the reasons why it cannot run (empty: it can).
 
-    backend "auto" considers all; isa "" means the best this CPU has; arch 0 is the CPU, 80 is SM80. A pretended device
-    runs kernels whose code is not there.
+    backend "auto" considers all; "fna:Sm80" those of a policy or ISA, also where others are preferred, and emulated
+    ones. isa "" means the best this CPU has; arch 0 is the CPU, 80 is SM80. A pretended device runs kernels whose code
+    is not there.
     """
 
-def load_library(path: str) -> None:
+def load_kernels(path: str) -> None:
     """Loads a library of CUDA kernels, which come before those there are. ValueError if it is none, or of another version."""
 
 def libraries() -> list[tuple[str, str, int]]:

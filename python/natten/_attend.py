@@ -240,6 +240,6 @@ def explain(
             has_rpb=problem.has_rpb and op == "qk",
         )
     isa = _dispatch.forced_isa()
-    found = _dispatch.candidates(problem, _needs_grad(operands), isa, device)
-    asked = (c for c in found if name in ("auto", c.backend) and not c.reasons)
+    found = _dispatch.candidates(problem, _needs_grad(operands), isa, device, name)
+    asked = (c for c in found if c.belongs_to(name) and not c.reasons)
     return Explanation(tuple(found), name, next(asked, None))

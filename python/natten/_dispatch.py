@@ -43,12 +43,28 @@ _backend_in_force: ContextVar[str] = ContextVar("natten_backend", default="auto"
 
 
 def canonical(name: str) -> str:
-    """The backend called `name`, which may be a name of the 0.2x generation."""
+    """The backend called `name`, which may be a name of the 0.2x generation, or one policy of a backend."""
     name = _ALIASES.get(name, name)
     if name not in BACKENDS:
-        known = ", ".join(map(repr, (*BACKENDS, *_ALIASES)))
-        reject("backend", repr(name), f"one of {known}")
+        policies = _policies()
+        lower = str(name).lower()
+        if lower not in policies:
+            known = ", ".join(map(repr, (*BACKENDS, *_ALIASES, *policies.values())))
+            reject("backend", repr(name), f"one of {known}")
+        name = policies[lower]
     return name
+
+
+def is_policy(backend: str) -> bool:
+    """Whether a backend's name narrows it down to one policy or instruction set, as "fna:Sm80" does."""
+    return ":" in backend
+
+
+@lru_cache
+def _policies() -> dict[str, str]:
+    kernels = (*_C.kernels("cpu"), *_C.kernels("cuda"), *_C.kernels("emulation"))
+    names = [f"{kernel.backend}:{kernel.isa}" for kernel in kernels]
+    return {name.lower(): name for name in names}
 
 
 @contextmanager
@@ -59,7 +75,9 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: ``"auto"``, ``"fna"``, ``"gemm"`` (of the unfused operations), ``"naive"``, ``"flex"`` or
-            ``"reference"``, or a name of the 0.2x generation of the package, such as ``"cutlass-fna"``.
+            ``"reference"``; or a name of the 0.2x generation of the package, such as ``"cutlass-fna"``; or one policy
+            or instruction set of a compiled backend, such as ``"fna:sm80"`` and ``"fna:x86-64-v3"``, which then runs
+            also where another one is preferred.
 
     Raises:
         ValueError: If there is no backend of that name.
@@ -146,7 +164,8 @@ def load_kernels(path: str | os.PathLike[str]) -> None:
         >>> import natten
         >>> natten.load_kernels("libmy_kernels.so")  # doctest: +SKIP
     """
-    _C.load_library(os.fspath(path))
+    _C.load_kernels(os.fspath(path))
+    _policies.cache_clear()
     launch.cache_clear()
     launch_unfused.cache_clear()
     for clear in _after_loading:
@@ -170,6 +189,10 @@ class Candidate:
     backend: str
     kernel: str
     reasons: tuple[str, ...] = ()
+
+    def belongs_to(self, backend: str) -> bool:
+        """Whether this, of all that `candidates` found for `backend`, is what was asked for."""
+        return backend in ("auto", self.backend) or is_policy(backend)
 
     def __str__(self) -> str:
         return f"{self.kernel}: {'; '.join(self.reasons) or 'can run'}"
@@ -306,12 +329,18 @@ def _nothing_runs(backend: str, candidates: list[Candidate]) -> NotImplementedEr
 
 
 def candidates(
-    problem: Problem, needs_grad: bool, isa: str, pretended: str | None = None
+    problem: Problem,
+    needs_grad: bool,
+    isa: str,
+    pretended: str | None = None,
+    backend: str = "auto",
 ) -> list[Candidate]:
     """Every way to run the problem, in order of preference, each with the reasons why it cannot.
 
-    `pretended`: the device that the tensors are taken to be on, as in `parse_arch`.
+    `pretended`: the device that the tensors are taken to be on, as in `parse_arch`. If `backend` is one policy, only
+    its kernels are ways to run it.
     """
+    asked = backend if is_policy(backend) else "auto"
     found: list[Candidate] = []
     arch = arch_of(problem.device) if pretended is None else parse_arch(pretended)
     device_type = problem.device.type
@@ -333,11 +362,11 @@ def candidates(
         )
         where = (isa, arch, pretended is not None)
         gradients = [
-            {row.backend for row, reasons in _C.candidates(core, op, "auto", *where) if not reasons}
+            {row.backend for row, reasons in _C.candidates(core, op, asked, *where) if not reasons}
             for op in _GRADIENT_OPS[problem.op]
             if needs_grad and (problem.has_rpb or op != "rpb_gradient")
         ]
-        for kernel, reasons in _C.candidates(core, problem.op, "auto", *where):
+        for kernel, reasons in _C.candidates(core, problem.op, asked, *where):
             why = list(reasons)
             if not why and any(kernel.backend not in able for able in gradients):
                 why.append("no backward kernel of its backend can run, and gradients are wanted")
@@ -346,6 +375,8 @@ def candidates(
         why = [f"runs on the CPU or an NVIDIA GPU, and the tensors are on {device_type}"]
         rows = [kernel for kernel in _C.kernels() if kernel.op == problem.op]
         found += [Candidate(kernel.backend, kernel.name, tuple(why)) for kernel in rows]
+    if is_policy(backend):
+        return found
     found += _without_kernels(problem, device_type, needs_grad)
     found.append(Candidate("reference", "reference"))
     return found
@@ -381,10 +412,13 @@ def select(problem: Problem, needs_grad: bool, backend: str, isa: str) -> str:
     Raises:
         NotImplementedError: If it cannot; lists every candidate and its reasons.
     """
-    asked = [c for c in candidates(problem, needs_grad, isa) if backend in ("auto", c.backend)]
+    found = candidates(problem, needs_grad, isa, backend=backend)
+    asked = [c for c in found if c.belongs_to(backend)]
     chosen = next((c for c in asked if not c.reasons), None)
     if chosen is None:
         raise _nothing_runs(backend, asked)
+    if is_policy(backend):
+        return backend
     if backend == "auto" and chosen.backend == "reference" and problem.device.type != "cpu":
         _warn_of_reference(problem.device.type)
     return chosen.backend

@@ -63,6 +63,7 @@ def run(op: Any, needs_grad: bool, *arguments: Any) -> Any:
 # Kernels ------------------------------------------------------------------------------------------------------------
 
 _ABSENT: _C.Tensor = (0, 0, (0,), 0)
+_WORKSPACE_ALIGNMENT = 256  # bytes (natten/cuda/library.hpp)
 
 
 def _ref(tensor: Tensor) -> _C.Tensor:
@@ -116,14 +117,17 @@ def _launch(
 
 def _run(run: Any, query: Tensor, workspace_bytes: int, *arguments: Any) -> None:
     """Calls the core, for CUDA tensors on their device's current stream, with memory from torch's allocator."""
-    if query.is_cpu:
+    if query.is_cpu and workspace_bytes == 0:
         run(*arguments, torch.get_num_threads())
         return
+    workspace = query.new_empty(workspace_bytes + _WORKSPACE_ALIGNMENT, dtype=torch.uint8)
+    address = -(-workspace.data_ptr() // _WORKSPACE_ALIGNMENT) * _WORKSPACE_ALIGNMENT
+    if query.is_cpu:  # CUDA kernels in emulation
+        run(*arguments, torch.get_num_threads(), 0, 0, address)
+        return
     with torch.cuda.device(query.device):
-        workspace = query.new_empty(workspace_bytes, dtype=torch.uint8)
         stream = torch.cuda.current_stream().cuda_stream
-        arch = _dispatch.arch_of(query.device)
-        run(*arguments, 1, arch, stream, workspace.data_ptr())
+        run(*arguments, 1, _dispatch.arch_of(query.device), stream, address)
 
 
 def _resolve(backend: str, query: Tensor) -> str:

@@ -129,7 +129,7 @@ void cuda_reasons(Kernel const& kernel, Problem const& problem, Device const& de
                   std::vector<std::string>& why) {
   CudaTraits const& traits = kernel.cuda;
   if (traits.is_emulated) {
-    if (!is_named) why.push_back("is emulated on the CPU, for tests, and must be named");
+    if (device.arch != 0) why.push_back("is emulated on the CPU, and the tensors are on " + arch_name(device.arch));
     return;
   }
   if (device.arch == 0) {
@@ -179,9 +179,9 @@ std::vector<Candidate> candidates(Problem const& problem, Op op, std::string con
   if (device.arch == 0) resolved.isa = resolve_isa(device.isa);
   std::vector<Candidate> list;
   for (Kernel const& kernel : kernels()) {
-    bool const is_named = backend == kernel.name;
+    bool const is_named = backend == kernel.name || backend == kernel.backend + std::string(":") + kernel.isa;
     if (kernel.op != op || (backend != "auto" && backend != kernel.backend && !is_named)) continue;
-    if (!is_named && kernel.is_for_cpu() != (device.arch == 0)) continue;
+    if (!is_named && (kernel.cuda.is_emulated || kernel.cuda.is_cuda != (device.arch != 0))) continue;
     list.push_back({&kernel, reasons(kernel, problem, resolved, is_named)});
   }
   return list;

@@ -37,8 +37,8 @@ struct Device {
 // ISA than the one in force, and of an older architecture than it would be chosen on.
 std::vector<std::string> reasons(Kernel const& kernel, Problem const& problem, Device const& device, bool is_named);
 
-// The kernels of an op, device and backend, in order of preference. The backend may be "auto", for all of them, or the
-// name of one kernel.
+// The kernels of an op, device and backend, in order of preference. The backend may be "auto", for all of them but the
+// emulated, or "fna:Sm80": those of one policy or ISA, on whatever device; or the name of one kernel.
 std::vector<Candidate> candidates(Problem const& problem, Op op, std::string const& backend, Device const& device);
 
 // By exact name. Throws std::invalid_argument if there is none, or if it cannot run the problem.

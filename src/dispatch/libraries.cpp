@@ -51,14 +51,10 @@ cuda::Library const* open_library(std::string const& path) {
   return library;
 }
 
-std::string name_of(cuda::KernelInfo const& info, cuda::Library const& library) {
-  return (library.on_host != 0 ? "emulated_" : "") + std::string(info.name);
-}
-
 void add(Registry& registry, std::string const& path, cuda::Library const& library) {
   registry.libraries.push_back({path, &library});
   for (int i = 0; i < library.num_kernels; ++i) {
-    registry.code[name_of(library.kernels[i], library)] = &library.kernels[i];
+    registry.code[library.kernels[i].name] = &library.kernels[i];
   }
 }
 
@@ -93,7 +89,7 @@ void load_kernels(std::string const& path) {
   load_own(registry);
   cuda::Library const& library = *open_library(path);
   for (int i = 0; i < library.num_kernels; ++i) {
-    std::string const name = name_of(library.kernels[i], library);
+    std::string const name = library.kernels[i].name;
     for (Kernel const& kernel : registry.kernels) {
       if (name == kernel.name) {
         throw std::invalid_argument("path = '" + path + "' has a kernel '" + name + "', and there is one already");
@@ -105,7 +101,7 @@ void load_kernels(std::string const& path) {
   for (int i = 0; i < library.num_kernels; ++i) {
     cuda::KernelInfo const& info = library.kernels[i];
     Kernel kernel{};
-    kernel.name = registry.code.find(name_of(info, library))->first.c_str();
+    kernel.name = info.name;
     kernel.op = info.op;
     kernel.backend = info.backend;
     kernel.isa = info.policy;

@@ -22,7 +22,7 @@ struct LoadedLibrary {
 std::list<LoadedLibrary> const& libraries();
 
 // Loads a user's library. Throws std::invalid_argument if it is none, was built against another version, or has a
-// kernel of a name that is taken. The kernels of an emulated library are called "emulated_...".
+// kernel of a name that is taken.
 void load_kernels(std::string const& path);
 
 // The code of a CUDA kernel; null if no library that is loaded, or comes with the package, has it.

@@ -34,8 +34,6 @@ struct Kernel {
   void (*backward)(BackwardArguments const&);
   void (*unfused)(UnfusedArguments const&);
   CudaTraits cuda;
-
-  bool is_for_cpu() const { return !cuda.is_cuda || cuda.is_emulated; }
 };
 
 // Without the baseline, which runs everywhere; best first.
