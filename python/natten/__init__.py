@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from importlib import metadata
+from typing import Any
 
 import torch as _torch  # noqa: F401  # first: the core runs on torch's threads
 
@@ -18,9 +20,13 @@ except ImportError as error:
     )
     raise ImportError(message) from error
 
-from natten import _transforms  # noqa: F401  # what the ops are under autograd and vmap
+from natten import (
+    _transforms,  # noqa: F401  # what the ops are under autograd and vmap
+    context,
+)
 from natten._dispatch import load_kernels, use_backend
 from natten._problem import ArgumentError
+from natten.context import *  # switches and queries, whose names are listed there
 from natten.functional import (
     attention,
     explain,
@@ -53,9 +59,31 @@ __all__ = [
     "neighborhood_attention_generic",
     "use_backend",
 ]
+__all__ += context.__all__
 
 __version__ = metadata.version("natten")
 # There is no natten without its core.
 HAS_LIBNATTEN = True
 
 os.register_at_fork(after_in_child=_C.after_fork_in_child)
+
+# Parts that few callers need, imported when they are asked for.
+_LAZY = (
+    "experimental",
+    "flex",
+    "flops",
+    "libnatten",
+    "natten1d",
+    "natten2d",
+    "natten3d",
+    "types",
+    "utils",
+    "varlen",
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"natten.{name}")
+    message = f"module 'natten' has no attribute {name!r}"
+    raise AttributeError(message)

@@ -16,21 +16,53 @@ from natten import _attend, _varlen
 from natten._attend import Explanation
 from natten._merge import merge_attentions
 from natten._problem import BoolPerAxis, IntPerAxis, Operands, StrPerAxis
+from natten.legacy import (
+    FusedNeighborhoodAttention1D,
+    FusedNeighborhoodAttention2D,
+    FusedNeighborhoodAttention3D,
+    na1d_qk_with_bias,
+    na2d_qk_with_bias,
+    na3d_qk_with_bias,
+    natten1dav,
+    natten1dqk,
+    natten1dqkrpb,
+    natten2dav,
+    natten2dqk,
+    natten2dqkrpb,
+    natten3dav,
+    natten3dqk,
+    natten3dqkrpb,
+)
 from natten.unfused import na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk
 
 __all__ = [
+    "FusedNeighborhoodAttention1D",
+    "FusedNeighborhoodAttention2D",
+    "FusedNeighborhoodAttention3D",
     "attention",
     "explain",
     "merge_attentions",
     "na1d",
     "na1d_av",
     "na1d_qk",
+    "na1d_qk_with_bias",
     "na2d",
     "na2d_av",
     "na2d_qk",
+    "na2d_qk_with_bias",
     "na3d",
     "na3d_av",
     "na3d_qk",
+    "na3d_qk_with_bias",
+    "natten1dav",
+    "natten1dqk",
+    "natten1dqkrpb",
+    "natten2dav",
+    "natten2dqk",
+    "natten2dqkrpb",
+    "natten3dav",
+    "natten3dqk",
+    "natten3dqkrpb",
     "neighborhood_attention_generic",
 ]
 
