@@ -168,8 +168,8 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str =
         return
     actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
     finite = expected.isfinite()
-    same = torch.where(finite, 0.0, (actual != expected) & ~(actual.isnan() & expected.isnan()))
-    error = torch.where(finite, (actual - expected).abs(), same * math.inf)
+    same = (actual == expected) | (actual.isnan() & expected.isnan())
+    error = torch.where(finite, (actual - expected).abs(), torch.where(same, 0.0, math.inf))
     error = error.nan_to_num(nan=math.inf, posinf=math.inf)
     worst = int(error.argmax())
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), error.shape))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import natten
+from natten import functional
 from tests.oracle import assert_close
 
 CLASSES = (
@@ -114,14 +115,98 @@ def test_scale_and_boundary():
     assert module(x).shape == (1, 7, 16)
 
 
-def test_dropout():
-    x = torch.randn(1, 9, 16)
-    module = natten.NeighborhoodAttention1D(16, 2, 3, attn_drop=0.1)
-    with pytest.raises(NotImplementedError, match=r"attn_drop = 0.1"):
-        module(x)
-    assert module.eval()(x).shape == x.shape
+def test_projection_dropout():
     module = natten.NeighborhoodAttention1D(16, 2, 3, proj_drop=0.999)
-    assert (module(x) == 0).float().mean() > 0.9
+    assert (module(torch.randn(1, 9, 16)) == 0).float().mean() > 0.9
+
+
+def projected(module, x):
+    """Query, key and value, heads first."""
+    qkv = torch.nn.functional.linear(x, module.qkv.weight, module.qkv.bias)
+    heads = qkv.unflatten(-1, (3, module.num_heads, module.head_dim))
+    return (t.movedim(-2, 1) for t in heads.unbind(-3))
+
+
+@pytest.mark.parametrize("boundary", ["shift", "zeros", "valid"])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_weights(rank, boundary):
+    module = CLASSES[rank - 1](24, 3, 3, rel_pos_bias=True, boundary=boundary)
+    x = torch.randn(2, *GRIDS[rank - 1], 24)
+    output, weights = module(x, return_weights=True)
+    query, key, _ = projected(module, x)
+    qk = (functional.na1d_qk, functional.na2d_qk, functional.na3d_qk)[rank - 1]
+    settings = {"rpb": module.rpb, "boundary": boundary, "backend": "reference"}
+    logits = qk(query * 8**-0.5, key, 3, **settings)
+    assert_close(weights, logits.softmax(-1), 1e-6)
+    assert_close(output, module(x), 1e-5)  # the latter fused
+
+
+@pytest.mark.parametrize("rel_pos_bias", [False, True])
+def test_attention_dropout(rel_pos_bias):
+    """In training, weights are dropped; the others grow in proportion, and the output is a sum by these."""
+    module = natten.NeighborhoodAttention2D(16, 2, 3, attn_drop=0.5, rel_pos_bias=rel_pos_bias)
+    x = torch.randn(2, 7, 8, 16)
+    output, dropped = module(x, return_weights=True)
+    module.eval()
+    _, whole = module(x, return_weights=True)
+    kept = dropped != 0
+    assert 0.4 < kept.float().mean() < 0.6
+    assert_close(dropped, whole * 2 * kept, 1e-6)
+    _, _, value = projected(module, x)
+    attended = functional.na2d_av(dropped, value, 3, backend="reference")
+    assert_close(output, module.proj(attended.movedim(1, -2).flatten(-2)), 1e-5)
+    module.train()(x).sum().backward()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_all_weights_dropped():
+    module = natten.NeighborhoodAttention1D(16, 2, 3, attn_drop=1.0)
+    output = module(torch.randn(1, 9, 16))
+    assert torch.equal(output, module.proj.bias.expand_as(output))
+
+
+def test_fused_where_possible():
+    """Backend "fna" has no unfused kernels."""
+    x = torch.randn(1, 9, 16)
+    module = natten.NeighborhoodAttention1D(16, 2, 3, attn_drop=0.1, rel_pos_bias=True)
+    with natten.use_backend("fna"):
+        with pytest.raises(NotImplementedError, match="fna: computes forward, backward; not qk"):
+            module(x)
+        module.eval()
+        assert module(x).shape == x.shape
+        with pytest.raises(NotImplementedError, match="not qk"):
+            module(x, return_weights=True)
+        plain = natten.NeighborhoodAttention1D(16, 2, 3, rel_pos_bias=True)
+        assert plain(x).requires_grad
+
+
+def test_unfused_where_wanted(monkeypatch):
+    x = torch.randn(1, 9, 16)
+    module = natten.NeighborhoodAttention1D(16, 2, 3)
+    fused = module(x)
+    monkeypatch.setattr(module, "_fused", None)
+    with pytest.raises(TypeError):
+        module(x)
+    natten.use_fused_na(False)
+    try:
+        assert_close(module(x), fused, 1e-5)
+    finally:
+        natten.use_fused_na()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
+@pytest.mark.parametrize("attn_drop", [0.0, 0.5])
+def test_compile(attn_drop):
+    module = natten.NeighborhoodAttention2D(16, 2, 3, attn_drop=attn_drop, rel_pos_bias=True)
+    x = torch.randn(1, 5, 6, 16)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert compiled(x).shape == x.shape
+    compiled(x).sum().backward()
+    assert module.rpb.grad is not None
+    module.eval()
+    assert_close(compiled(x), module(x), 1e-6)
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,19 @@ def _describe(name: str, tensor: Tensor) -> TensorInfo:
     if tensor.is_nested or tensor.layout is not torch.strided:
         message = f"{name} is a nested or sparse tensor; only dense tensors are implemented"
         raise NotImplementedError(message)
-    return TensorInfo(tensor.shape, tensor.dtype, tensor.device)
+    return TensorInfo(_shape(tensor), tensor.dtype, tensor.device)
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    tracing = torch._C._get_tracing_state()
+    if tracing is None:
+        return tensor.shape
+    # torch.jit.trace records sizes as tensors, which a problem, a constant of the trace, cannot be made of.
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        return tuple(tensor.shape)
+    finally:
+        torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -590,7 +602,9 @@ def normalize_av(
     grid = tuple(axis.query_extent for axis in axes)
     if tuple(attn.shape[2:-1]) != grid:
         reject("attn.shape[2:-1]", tuple(attn.shape[2:-1]), f"{grid}, the grid of the queries")
-    slots = math.prod(axis.kernel_size for axis in axes)
+    slots = math.prod(
+        [axis.kernel_size for axis in axes]
+    )  # no generator: torch.compile does not take it
     if attn.shape[-1] != slots + common.additional_keys:
         extra = f" + {common.additional_keys} additional" if common.additional_keys else ""
         wanted = f"{slots + common.additional_keys}, which is prod(kernel_size){extra}"

@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natten._problem import BoolPerAxis, IntPerAxis, StrPerAxis, per_axis, reject
+from natten import _attend, _dispatch
+from natten._problem import (
+    AvOperands,
+    BoolPerAxis,
+    IntPerAxis,
+    QkOperands,
+    StrPerAxis,
+    per_axis,
+    reject,
+)
+from natten._settings import NattenContext
 from natten.functional import neighborhood_attention_generic
 
 
@@ -57,6 +67,7 @@ class _NeighborhoodAttention(nn.Module):
         self.offset = offset
         self.backend = backend
         self.attn_drop_rate = attn_drop
+        self.attn_drop = nn.Dropout(attn_drop)
 
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.rpb: nn.Parameter | None
@@ -73,18 +84,24 @@ class _NeighborhoodAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Attends.
+    def forward(self, x: Tensor, return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Attends: fused, unless something needs the attention weights in memory.
+
+        That is dropout of them in training, `return_weights`, the backend ``"gemm"``, which has unfused kernels only, or
+        `natten.use_fused_na` with False.
 
         Args:
             x: ``[batch, *grid, dim]``.
+            return_weights: Whether to return the attention weights, too.
 
         Returns:
-            A tensor of the same shape (with boundary "valid", of a smaller grid).
+            A tensor of the same shape (with boundary "valid", of a smaller grid). With return_weights, a tuple of it and
+            of the weights after softmax and dropout, ``[batch, heads, *grid, prod(kernel_size)]``, laid out as
+            `natten.functional.na2d_qk` does.
 
         Raises:
             ValueError: If `x` has the wrong shape, or is too small for the window.
-            NotImplementedError: If the module trains with `attn_drop`.
+            NotImplementedError: If the backend cannot run the problem, or is fused and the weights are needed.
         """
         if x.dim() != self.rank + 2:
             reject(
@@ -94,14 +111,21 @@ class _NeighborhoodAttention(nn.Module):
             )
         if x.shape[-1] != self.qkv.in_features:
             reject(f"{type(self).__name__}: x.shape[-1]", x.shape[-1], f"{self.qkv.in_features}")
-        if self.training and self.attn_drop_rate > 0:
-            message = (
-                f"attn_drop = {self.attn_drop_rate}: dropout of attention weights needs weights in memory, which fused "
-                "attention does not have; train with attn_drop=0.0 (evaluation ignores it)"
-            )
-            raise NotImplementedError(message)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         query, key, value = qkv.unbind(-3)
+        drops = self.training and self.attn_drop_rate > 0
+        weights: Tensor | None = None
+        if drops or return_weights or not _prefers_fused(self.backend):
+            attended, weights = self._unfused(query, key, value)
+        else:
+            attended = self._fused(query, key, value)
+        projected: Tensor = self.proj_drop(self.proj(attended.flatten(-2)))
+        if not return_weights:
+            return projected
+        assert weights is not None
+        return projected, weights
+
+    def _fused(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         attended = neighborhood_attention_generic(
             query,
             key,
@@ -117,8 +141,22 @@ class _NeighborhoodAttention(nn.Module):
             offset=self.offset,
         )
         assert isinstance(attended, Tensor)
-        projected: Tensor = self.proj_drop(self.proj(attended.flatten(-2)))
-        return projected
+        return attended
+
+    def _unfused(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        window = (
+            self.kernel_size,
+            self.stride,
+            self.dilation,
+            self.is_causal,
+            self.boundary,
+            self.offset,
+        )
+        query, key, value = (tensor.movedim(-2, 1) for tensor in (query * self.scale, key, value))
+        logits = _attend.qk(self.rank, self.backend, QkOperands(query, key, rpb=self.rpb), *window)
+        weights = self.attn_drop(logits.softmax(-1))
+        attended = _attend.av(self.rank, self.backend, AvOperands(weights, value), *window)
+        return attended.movedim(1, -2), weights
 
     def extra_repr(self) -> str:
         """What is printed between the module's parentheses."""
@@ -132,6 +170,13 @@ class _NeighborhoodAttention(nn.Module):
             "rel_pos_bias": self.rpb is not None,
         }
         return ", ".join(f"{name}={value}" for name, value in parts.items())
+
+
+def _prefers_fused(backend: str | None) -> bool:
+    """Whether attention that can be fused is to be: what has only one kind of kernels is stronger than the switch."""
+    name = _dispatch.backend_in_force() if backend is None else _dispatch.canonical(backend)
+    name = name.partition(":")[0]  # without the policy
+    return name in ("fna", "flex") or (name != "gemm" and NattenContext.is_fused_na_enabled)
 
 
 def _positive(name: str, value: int | None) -> int:
@@ -163,7 +208,8 @@ _DOC = """Neighborhood attention on {what}, with projections.
         qk_scale: Factor of the logits. None means ``head_dim ** -0.5``.
         proj_drop: Dropout of the output.
         rel_pos_bias: Whether to learn a bias per head and relative position. ``bias`` means the same.
-        attn_drop: Dropout of attention weights: must be 0.0 in training.
+        attn_drop: Dropout of attention weights. In training, what is not 0.0 needs the weights in memory, and so the
+            slower unfused kernels.
         embed_dim: See dim.
         bias: See rel_pos_bias.
         boundary: What happens at the ends of an axis, see `natten.functional.neighborhood_attention_generic`.
