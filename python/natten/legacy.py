@@ -51,7 +51,8 @@ _AV = (na1d_av, na2d_av, na3d_av)
 
 
 @lru_cache
-def _warn(name: str, successor: str, stacklevel: int) -> None:
+def warn_once(name: str, successor: str, stacklevel: int = 1) -> None:
+    """Warns once of an old name; by default, whoever used it called the caller of this function."""
     message = f"{name} is an old name: use {successor} (said once)"
     warnings.warn(message, DeprecationWarning, stacklevel=stacklevel + 2)
 
@@ -59,12 +60,7 @@ def _warn(name: str, successor: str, stacklevel: int) -> None:
 def _deprecated(name: str, successor: str, stacklevel: int = 2) -> None:
     """Warns once of a function; by default, its caller is the caller of this function's caller."""
     if not torch.compiler.is_compiling():
-        _warn(f"natten.functional.{name}", f"natten.functional.{successor}", stacklevel)
-
-
-def warn_of_module(module: str, name: str) -> None:
-    """Warns once of a module that `name` is imported from."""
-    _warn(f"{module}.{name}", f"natten.{name}", 1)
+        warn_once(f"natten.functional.{name}", f"natten.functional.{successor}", stacklevel)
 
 
 _ONE = ("dilation",)

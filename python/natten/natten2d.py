@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from natten.legacy import warn_of_module
+from natten.legacy import warn_once
 from natten.modules import NeighborhoodAttention2D
 
 __all__ = ["NeighborhoodAttention2D"]
 
-warn_of_module(__name__, __all__[0])
+warn_once(f"{__name__}.{__all__[0]}", f"natten.{__all__[0]}")
