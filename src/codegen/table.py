@@ -125,6 +125,10 @@ ROWS = (
         for isa, op, dtype in product(ISAS, ("forward", "backward"), ("f32", "bf16", "f16"))
     ),
     *(
+        Row("gemm", op, dtype, isa, max_head_dim=512)
+        for isa, op, dtype in product(ISAS, ("qk", "av"), ("f32", "bf16", "f16"))
+    ),
+    *(
         Row("naive", op, dtype, BASELINE, max_head_dim=ANY_HEAD_DIM)
         for op, dtype in product(
             ("forward", "backward", *UNFUSED_OPS), ("f64", "f32", "bf16", "f16")

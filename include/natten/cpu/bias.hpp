@@ -38,6 +38,10 @@ class Bias {
     for (int l = 0; l < kLanes; ++l) v[l] = table_[i[l]];
     return v;
   }
+  // The entries of one lane for the streamed tokens from (z, y, x) on along the last axis.
+  NATTEN_INLINE float const* run(int lane, int z, int y, int x) const {
+    return table_ + (lanes_[lane] + center_ + z * step_[0] + y * step_[1] + x * step_[2]);
+  }
   // Adds the gradient of the logits; that of lanes which do not take part is 0. No two other lanes share an entry.
   NATTEN_INLINE void scatter(int z, int y, int x, IntVec keep, Vec gradient, float* to) const {
     IntVec const i = index(z, y, x, keep);
@@ -61,8 +65,8 @@ class Bias {
 // ([heads][table]; null if none is wanted). That gradient is a sum over everything a head does: it is split into a fixed
 // number of parts, each summed in order by one thread, and the parts are added in order. The same result every time,
 // without atomics.
-template <class Run>
-void for_each_unit(BackwardArguments const& arguments, std::int64_t units_per_head, Run const& run) {
+template <class Arguments, class Run>
+void for_each_unit(Arguments const& arguments, std::int64_t units_per_head, Run const& run) {
   Problem const& problem = arguments.problem;
   if (arguments.d_rpb == nullptr) {
     for_each_item(units_per_head * problem.heads_kv, arguments.num_threads, [&](std::int64_t i) {

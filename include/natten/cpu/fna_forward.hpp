@@ -11,7 +11,7 @@ template <class Math>
 class Forward {
  public:
   using Storage = typename Math::Storage;
-  static constexpr StreamNeeds kNeeds{/*key_sum=*/false, /*value_dot=*/false, /*value_sum=*/true};
+  static constexpr StreamNeeds kNeeds{/*key_dot=*/true, /*key_sum=*/false, /*value_dot=*/false, /*value_sum=*/true};
 
   ForwardArguments const& arguments;
 
@@ -139,12 +139,7 @@ void fna_forward(ForwardArguments const& original) {
   ForwardArguments arguments = original;
   put_walk_axis_first(arguments.problem, arguments.query, arguments.key, arguments.value, arguments.output,
                       arguments.lse);
-  Forward<Math> const prototype(arguments);
-  QueryBlocks<Math> const blocks(arguments.problem, prototype.state_floats(), arguments.num_threads);
-  for_each_item(blocks.items(), arguments.num_threads, [&](std::int64_t i) {
-    Forward<Math> pass = prototype;  // scratch memory is a thread's own
-    blocks.run_item(pass, i);
-  });
+  run_query_blocks<Math>(Forward<Math>(arguments), arguments.num_threads);
 }
 
 }  // namespace natten::cpu::NATTEN_CPU_ISA

@@ -36,7 +36,7 @@ template <class Math>
 class GradQuery {
  public:
   using Storage = typename Math::Storage;
-  static constexpr StreamNeeds kNeeds{/*key_sum=*/true, /*value_dot=*/true, /*value_sum=*/false};
+  static constexpr StreamNeeds kNeeds{/*key_dot=*/true, /*key_sum=*/true, /*value_dot=*/true, /*value_sum=*/false};
 
   BackwardArguments const& arguments;
 

@@ -52,9 +52,9 @@ struct TileContext {
   int ahead;  // positions to the next tile on the last axis; 0 at its end
 };
 
-// Which operands of the stream a pass multiplies with; the key is always a dot operand.
+// Which operands of the stream a pass multiplies with.
 struct StreamNeeds {
-  bool key_sum, value_dot, value_sum;
+  bool key_dot, key_sum, value_dot, value_sum;
 };
 
 // A pass has
@@ -209,7 +209,7 @@ class QueryBlocks {
   static bool pack(KeyStream<Math> const& stream, Interval slices, GroupView<Storage const> const& key,
                    GroupView<Storage const> const& value) {
     constexpr StreamNeeds kNeeds = Pass::kNeeds;
-    bool const k = stream.key.pack(key, stream.box, slices, /*as_dot=*/true, kNeeds.key_sum);
+    bool const k = stream.key.pack(key, stream.box, slices, kNeeds.key_dot, kNeeds.key_sum);
     bool const v = stream.value.pack(value, stream.box, slices, kNeeds.value_dot, kNeeds.value_sum);
     return k || v;
   }
@@ -220,6 +220,16 @@ class QueryBlocks {
   int additional_capacity_;  // tokens packed at a time
   Schedule schedule_;
 };
+
+// A pass over everything.
+template <class Math, class Pass>
+void run_query_blocks(Pass const& prototype, int num_threads) {
+  QueryBlocks<Math> const blocks(prototype.arguments.problem, prototype.state_floats(), num_threads);
+  for_each_item(blocks.items(), num_threads, [&](std::int64_t i) {
+    Pass pass = prototype;  // scratch memory is a thread's own
+    blocks.run_item(pass, i);
+  });
+}
 
 // The way to multiply this storage type on this ISA.
 template <class Storage>

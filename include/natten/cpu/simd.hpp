@@ -104,19 +104,43 @@ NATTEN_INLINE void store_vec(Float16* p, Vec v) {
 #endif
 }
 
-// The first n < kLanes elements; nothing behind them is touched.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+NATTEN_INLINE __m256i first_lanes(int n) { return (__m256i)(IntVec{0, 1, 2, 3, 4, 5, 6, 7} < n); }
+#endif
+
+// The first n < kLanes elements, and zeros; nothing behind them is touched. A masked access where the ISA has one: a
+// memcpy of n bytes is a call.
 template <class Storage>
 NATTEN_INLINE Vec load_first(Storage const* p, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Storage) == 4) return _mm512_maskz_loadu_ps((1u << n) - 1u, p);
+  __m256i const halves = _mm256_maskz_loadu_epi16((1u << n) - 1u, p);
+  return load_vec(reinterpret_cast<Storage const*>(&halves));
+#else
+#if defined(__AVX2__)
+  if constexpr (sizeof(Storage) == 4) return _mm256_maskload_ps(p, first_lanes(n));
+#endif
   Storage padded[kLanes] = {};
   std::memcpy(padded, p, n * sizeof(Storage));
   return load_vec(padded);
+#endif
 }
 
 template <class Storage>
 NATTEN_INLINE void store_first(Storage* p, Vec v, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Storage) == 4) return _mm512_mask_storeu_ps(p, (1u << n) - 1u, v);
+  __m256i halves;
+  store_vec(reinterpret_cast<Storage*>(&halves), v);
+  _mm256_mask_storeu_epi16(p, (1u << n) - 1u, halves);
+#else
+#if defined(__AVX2__)
+  if constexpr (sizeof(Storage) == 4) return _mm256_maskstore_ps(p, first_lanes(n), v);
+#endif
   Storage padded[kLanes];
   store_vec(padded, v);
   std::memcpy(p, padded, n * sizeof(Storage));
+#endif
 }
 
 // Stops the compiler from reading a value from memory again at each use.

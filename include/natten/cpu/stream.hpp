@@ -158,8 +158,9 @@ struct PackedTensor {
   Operand sum;
   int dim = 0;
 
-  // Memory for a token.
+  // Memory for a token; none for a tensor that is not there, of dim 0.
   static std::int64_t token_words(int dim) {
+    if (dim == 0) return 0;
     std::int64_t const dot = operand_words(ceil_div(dim, Math::kPerWord));
     return Math::kPerWord == 1 ? dot : dot + ceil_div(static_cast<int>(operand_words(dim)), Math::kPerWord);
   }
@@ -175,6 +176,7 @@ struct PackedTensor {
   bool pack(GroupView<typename Math::Storage const> const& from, StreamBox const& box, Interval slices, bool as_dot,
             bool as_sum) const {
     bool nonfinite = false;
+    if (dim == 0) return nonfinite;
     if (as_dot || Math::kPerWord == 1) nonfinite = pack_dot<Math>(from, box, slices, dim, dot);
     if constexpr (Math::kPerWord > 1) {
       if (as_sum) nonfinite |= pack_sum<Math>(from, box, slices, dim, sum);

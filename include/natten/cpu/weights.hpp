@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: MIT
+// Attention weights between memory, where the slots of a query are a row (UnfusedArguments), and the vectors of a chunk,
+// which hold the lanes of one streamed token each.
+#pragma once
+
+#include "natten/cpu/bias.hpp"
+#include "natten/cpu/query_blocks.hpp"
+
+namespace natten::cpu::NATTEN_CPU_ISA {
+
+// A chunk's weights by lane: those of lane l for the chunk's tokens are at l * kLanePitch. A row may be written beyond its
+// end by less than a vector. The odd number of cache lines spreads the lanes over the sets of the L1 cache.
+constexpr int kLanePitch = (kMaxChunkTokens / 16 + 2) * 16 + (kMaxChunkTokens / 16) % 2 * 16 + 16;
+static_assert(kLanePitch >= kMaxChunkTokens + kLanes && kLanePitch / 16 % 2 == 1, "room for a vector, and odd");
+
+// by_lane[lane][token] = by_token[token][lane]
+inline void tokens_to_lanes(Vec const* by_token, int tokens, float* by_lane) {
+  for (int t = 0; t < tokens; t += kLanes) {
+    Vec block[kLanes];
+    for (int i = 0; i < kLanes; ++i) block[i] = by_token[t + i];
+    transpose(block);
+    for (int l = 0; l < kLanes; ++l) store_vec(by_lane + l * kLanePitch + t, block[l]);
+  }
+}
+
+// by_token[token][lane] = by_lane[lane][token]
+inline void lanes_to_tokens(float const* by_lane, int tokens, Vec* by_token) {
+  for (int t = 0; t < tokens; t += kLanes) {
+    Vec block[kLanes];
+    for (int l = 0; l < kLanes; ++l) block[l] = load_vec(by_lane + l * kLanePitch + t);
+    transpose(block);
+    for (int i = 0; i < kLanes; ++i) by_token[t + i] = block[i];
+  }
+}
+
+// Runs of slots side by side, of one lane of a query tile and one row of a chunk: visit(lane, row, x, slot), with the
+// positions of the keys on the last axis, and the slot of the first.
+template <class Visit>
+void for_each_run(Problem const& problem, Tile const& tile, Chunk const& chunk, Visit const& visit) {
+  for (int l = 0; l < kLanes; ++l) {
+    if (!tile.has(l)) continue;
+    Interval const z = tile.lane_interval(0, l), y = tile.lane_interval(1, l), x = tile.lane_interval(2, l);
+    Interval const run = x.clipped_to({chunk.x, chunk.x + chunk.width});
+    if (run.empty()) continue;
+    for (int r = 0; r < chunk.rows; ++r) {
+      if (!z.contains(chunk.z[r]) || !y.contains(chunk.y[r])) continue;
+      std::int64_t const row =
+          std::int64_t{chunk.z[r] - z.begin} * problem.axes[1].kernel_size + (chunk.y[r] - y.begin);
+      visit(l, r, run, row * problem.axes[2].kernel_size + (run.begin - x.begin));
+    }
+  }
+}
+
+// to[i] = from[i] + bias[i], i < n; of `from`, whole vectors may be read.
+template <class Storage>
+NATTEN_INLINE void store_run(Storage* to, float const* from, float const* bias, int n) {
+  int c = 0;
+  for (; c + kLanes <= n; c += kLanes) {
+    store_vec(to + c, bias ? load_vec(from + c) + load_vec(bias + c) : load_vec(from + c));
+  }
+  if (c == n) return;
+  Vec const last = load_vec(from + c);
+  store_first(to + c, bias ? last + load_first(bias + c, n - c) : last, n - c);
+}
+
+// to[i] = from[i], i < n; of `to`, whole vectors are written, with zeros behind the end.
+template <class Storage>
+NATTEN_INLINE void load_run(float* to, Storage const* from, int n) {
+  int c = 0;
+  for (; c + kLanes <= n; c += kLanes) store_vec(to + c, load_vec(from + c));
+  if (c < n) store_vec(to + c, load_first(from + c, n - c));
+}
+
+// What the passes over query tiles know of the weights: the row of each lane.
+template <class Storage>
+class WeightRows {
+ public:
+  void point_to(Problem const& problem, TensorRef const& weights, TileContext const& c) {
+    auto const view = query_view<Storage>(problem, weights, c.item.groups, c.item.batch, c.head);
+    for (int l = 0; l < kLanes; ++l) {
+      if (c.tile.has(l)) rows_[l] = view.at(c.tile.position[0][l], c.tile.position[1][l], c.tile.position[2][l]);
+    }
+  }
+  NATTEN_INLINE Storage* operator[](int lane) const { return rows_[lane]; }
+
+ private:
+  Storage* rows_[kLanes] = {};
+};
+
+// The forward pass that streams the same tokens as an unfused op: keys, no values, nothing additional.
+inline ForwardArguments streaming_keys(UnfusedArguments const& a) {
+  ForwardArguments f;
+  f.problem = a.problem;
+  f.problem.head_dim_value = 0;
+  f.problem.additional_keys = 0;
+  f.problem.has_rpb = a.rpb != nullptr;
+  f.query = a.query;
+  f.key = a.key;
+  f.rpb = a.rpb;
+  return f;
+}
+
+}  // namespace natten::cpu::NATTEN_CPU_ISA
