@@ -74,7 +74,7 @@ def _cached_plan(
     return Plan(problem, _dispatch.select(problem, needs_grad, backend, isa), needs_grad)
 
 
-_dispatch._after_loading.append(_cached_plan.cache_clear)
+_dispatch.caches_of_choices.append(_cached_plan.cache_clear)
 
 
 def _plan(

@@ -10,14 +10,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
-from natten import _C, _flex
+from natten import _C, _flex, _settings
 from natten._problem import AXIS_INTS, Axis, Problem, reject
+from natten._settings import NattenContext
 
 # In order of preference.
 _COMPILED = tuple(dict.fromkeys(kernel.backend for kernel in _C.kernels()))
@@ -34,6 +35,7 @@ _GRADIENT_OPS = {
     "qk": ("av", "av_transposed", "rpb_gradient"),
     "av": ("qk", "av_transposed"),
 }
+_FUSED_OPS = ("forward", "backward")
 # Of the GPUs that CUDA kernels are for; ROCm calls its devices "cuda" too.
 _HAS_CUDA = torch.version.cuda is not None
 # Passed to the ops by compiled graphs, which outlive the context they are traced in: whatever is in force when they run.
@@ -140,8 +142,14 @@ def parse_arch(device: str) -> int:
     return int(match[1])
 
 
-def allows_tf32() -> bool:
-    """Whether torch.backends.cuda.matmul lets float32 products round their factors to TF32."""
+def allows_tf32(op: str) -> bool:
+    """Whether float32 products of `op` may round their factors to TF32.
+
+    As torch.backends.cuda.matmul says; for unfused ops a switch may say otherwise.
+    """
+    switch = NattenContext.is_tf32_in_gemm_na_enabled
+    if op not in _FUSED_OPS and switch is not None:
+        return switch
     matmul = torch.backends.cuda.matmul
     precision = getattr(matmul, "fp32_precision", None)  # from torch 2.9 on
     if precision == "none":
@@ -166,14 +174,23 @@ def load_kernels(path: str | os.PathLike[str]) -> None:
     """
     _C.load_kernels(os.fspath(path))
     _policies.cache_clear()
+    has_cuda_kernels.cache_clear()
+    forget_choices()
+
+
+# What clears the caches of choices elsewhere.
+caches_of_choices: list[Callable[[], None]] = []
+
+
+def forget_choices() -> None:
+    """Lets backends and kernels be chosen anew: there are others now, or other settings."""
     launch.cache_clear()
     launch_unfused.cache_clear()
-    for clear in _after_loading:
+    for clear in caches_of_choices:
         clear()
 
 
-# Caches elsewhere that a new kernel makes stale.
-_after_loading: list[Callable[[], None]] = []
+_settings.after_change.append(forget_choices)
 
 
 @dataclass(frozen=True)
@@ -313,14 +330,30 @@ def _axes(flat_axes: tuple[int, ...]) -> list[Axis]:
 def _launch(
     problem: _C.Problem, op: str, backend: str, isa: str, arch: int, is_empty: bool
 ) -> Launch:
-    rows = _C.candidates(problem, op, backend, isa, arch)
-    chosen = next((kernel.name for kernel, reasons in rows if not reasons), None)
+    found = [
+        Candidate(
+            kernel.backend, kernel.name, (*reasons, *_switched_off(kernel.backend, op, backend))
+        )
+        for kernel, reasons in _C.candidates(problem, op, backend, isa, arch)
+    ]
+    chosen = next((candidate.kernel for candidate in found if not candidate.reasons), None)
     if chosen is None:
-        found = [Candidate(kernel.backend, kernel.name, tuple(why)) for kernel, why in rows]
         raise _nothing_runs(backend, found)
     if is_empty:
         return Launch(problem, None, 0)
     return Launch(problem, chosen, _C.workspace_bytes(problem, op, chosen, arch))
+
+
+def _switched_off(backend: str, op: str, asked: str) -> tuple[str, ...]:
+    """Why a switch of `natten.context` keeps "auto" from a backend. Who asks for it by its name gets it."""
+    if asked != "auto":
+        return ()
+    if op in _FUSED_OPS:
+        if NattenContext.force_flex_attention and backend != "flex":
+            return ("natten.force_flex_attention() was called",)
+    elif backend == "gemm" and not NattenContext.is_gemm_na_enabled:
+        return ("natten.use_gemm_na(False) was called",)
+    return ()
 
 
 def _nothing_runs(backend: str, candidates: list[Candidate]) -> NotImplementedError:
@@ -358,7 +391,7 @@ def candidates(
             problem.additional_keys,
             problem.has_rpb,
             problem.scale,
-            bool(arch) and allows_tf32(),
+            bool(arch) and allows_tf32(problem.op),
         )
         where = (isa, arch, pretended is not None)
         gradients = [
@@ -379,7 +412,9 @@ def candidates(
         return found
     found += _without_kernels(problem, device_type, needs_grad)
     found.append(Candidate("reference", "reference"))
-    return found
+    return [
+        replace(c, reasons=c.reasons + _switched_off(c.backend, problem.op, backend)) for c in found
+    ]
 
 
 def _without_kernels(problem: Problem, device_type: str, needs_grad: bool) -> list[Candidate]:
@@ -453,7 +488,6 @@ def has_cuda_kernels() -> bool:
 
 # For torch.compile, which cannot trace into the core.
 has_cuda_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_after_loading.append(has_cuda_kernels.cache_clear)
 
 
 @lru_cache

@@ -101,7 +101,7 @@ def _launch(
     arch, allow_tf32 = 0, False
     if not query.is_cpu:
         arch = _dispatch.arch_of(query.device) or 0
-        allow_tf32 = query.dtype == torch.float32 and _dispatch.allows_tf32()
+        allow_tf32 = query.dtype == torch.float32 and _dispatch.allows_tf32(op)
     return _dispatch.launch(
         op,
         backend,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
 from typing import Any, ClassVar
 
@@ -15,6 +16,10 @@ class MemoryUsagePreference(Enum):
     Unrestricted = 2
 
 
+# Called after a change: what forgets the choices that were made under the old settings.
+after_change: list[Callable[[], None]] = []
+
+
 class _Settings:
     """Class attributes that can be put back to what they were at import."""
 
@@ -24,10 +29,17 @@ class _Settings:
         cls._defaults = {name: vars(cls)[name] for name in vars(cls)["__annotations__"]}
 
     @classmethod
+    def set(cls, **values: Any) -> None:
+        """Changes settings, all at once."""
+        for name, value in values.items():
+            setattr(cls, name, value)
+        for call in after_change:
+            call()
+
+    @classmethod
     def reset(cls) -> None:
         """Puts every setting back to its default."""
-        for name, value in cls._defaults.items():
-            setattr(cls, name, value)
+        cls.set(**cls._defaults)
 
 
 class NattenContext(_Settings):

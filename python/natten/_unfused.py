@@ -63,7 +63,7 @@ def _compute(
     arch, allow_tf32 = 0, False
     if not weights.is_cpu:
         arch = _dispatch.arch_of(weights.device) or 0
-        allow_tf32 = weights.dtype == torch.float32 and _dispatch.allows_tf32()
+        allow_tf32 = weights.dtype == torch.float32 and _dispatch.allows_tf32(op)
     problem, kernel, workspace_bytes = _dispatch.launch_unfused(
         op,
         backend,

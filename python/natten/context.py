@@ -115,10 +115,12 @@ def use_fused_na(
     kv_parallel = _flag("kv_parallel", kv_parallel)
     force = _flag("force_flex_attention", force_flex_attention)
     flex = _flag("use_flex_attention", use_flex_attention)
-    NattenContext.is_fused_na_enabled = mode
-    NattenContext.is_kv_parallelism_enabled = kv_parallel
-    NattenContext.force_flex_attention = mode and force
-    NattenContext.use_flex_attention = flex or force
+    NattenContext.set(
+        is_fused_na_enabled=mode,
+        is_kv_parallelism_enabled=kv_parallel,
+        force_flex_attention=mode and force,
+        use_flex_attention=flex or force,
+    )
 
 
 def is_fused_na_enabled() -> bool:
@@ -138,7 +140,7 @@ def force_flex_attention() -> None:
 
 def use_kv_parallelism_in_fused_na(mode: bool = True) -> None:
     """Kept without effect: backward kernels are parallel over keys, deterministic, and take no memory for it."""
-    NattenContext.is_kv_parallelism_enabled = _flag("mode", mode)
+    NattenContext.set(is_kv_parallelism_enabled=_flag("mode", mode))
 
 
 def is_kv_parallelism_in_fused_na_enabled() -> bool:
@@ -161,13 +163,14 @@ def allow_flex_compile(mode: bool = True, backprop: bool = False) -> None:
         backprop: Whether to compile its backward pass.
     """
     mode, backprop = _flag("mode", mode), _flag("backprop", backprop)
-    NattenContext.is_flex_compile_allowed = mode
-    NattenContext.is_flex_compile_backprop_allowed = mode and backprop
+    NattenContext.set(
+        is_flex_compile_allowed=mode, is_flex_compile_backprop_allowed=mode and backprop
+    )
 
 
 def allow_flex_compile_backprop(mode: bool = True) -> None:
     """Kept without effect, as `allow_flex_compile`."""
-    NattenContext.is_flex_compile_backprop_allowed = _flag("mode", mode)
+    NattenContext.set(is_flex_compile_backprop_allowed=_flag("mode", mode))
 
 
 def disable_flex_compile() -> None:
@@ -205,7 +208,7 @@ def set_memory_usage_preference(pref: str = "default") -> None:
     names = {preference.name.lower(): preference for preference in MemoryUsagePreference}
     if not isinstance(pref, str) or pref not in names:
         reject("pref", repr(pref), f"one of {', '.join(map(repr, names))}")
-    NattenContext.training_memory_preference = names[pref]
+    NattenContext.set(training_memory_preference=names[pref])
 
 
 def get_memory_usage_preference() -> MemoryUsagePreference:
@@ -233,7 +236,7 @@ def use_deterministic_algorithms(mode: bool = True) -> None:
 
     All kernels are deterministic, forward and backward, whatever this is set to.
     """
-    NattenContext.is_deterministic_mode_enabled = _flag("mode", mode)
+    NattenContext.set(is_deterministic_mode_enabled=_flag("mode", mode))
     if mode:
         disable_autotuner()
 
@@ -304,8 +307,7 @@ def use_autotuner(
             "natten.use_deterministic_algorithms is on"
         )
         raise ArgumentError(message)
-    for attribute, value in new.items():
-        setattr(AutotunerContext, attribute, value)
+    AutotunerContext.set(**new)
 
 
 def disable_autotuner() -> None:
@@ -347,13 +349,13 @@ def use_gemm_na(mode: bool = True) -> bool:
     Returns:
         What it was set to. So do the next two.
     """
-    NattenContext.is_gemm_na_enabled = _flag("mode", mode)
+    NattenContext.set(is_gemm_na_enabled=_flag("mode", mode))
     return mode
 
 
 def use_tiled_na(mode: bool = True) -> bool:
     """Kept without effect: what older releases call tiled kernels is backend "gemm" on older GPUs here."""
-    NattenContext.is_tiled_na_enabled = _flag("mode", mode)
+    NattenContext.set(is_tiled_na_enabled=_flag("mode", mode))
     return mode
 
 
@@ -362,7 +364,7 @@ def use_tf32_in_gemm_na(mode: bool = True) -> bool:
 
     Until it is called they do what ``torch.backends.cuda.matmul`` says, as fused attention always does.
     """
-    NattenContext.is_tf32_in_gemm_na_enabled = _flag("mode", mode)
+    NattenContext.set(is_tf32_in_gemm_na_enabled=_flag("mode", mode))
     return mode
 
 
@@ -378,8 +380,7 @@ def is_tiled_na_enabled() -> bool:
 
 def is_tf32_in_gemm_na_enabled() -> bool:
     """Whether unfused float32 operations on GPUs may round their factors to TF32."""
-    setting = NattenContext.is_tf32_in_gemm_na_enabled
-    return _dispatch.allows_tf32() if setting is None else setting
+    return _dispatch.allows_tf32("qk")
 
 
 def enable_gemm_na() -> bool:
