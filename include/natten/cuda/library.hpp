@@ -15,6 +15,7 @@ struct LaunchContext {
   void* workspace = nullptr;  // workspace_bytes() of device memory, aligned to 256 bytes
   TileShapes by_query;        // queries are owned and keys streamed: forward, and the gradient of the query
   TileShapes by_key;  // keys are owned and queries streamed: the gradients of key and value, and kAvTransposed
+  std::int64_t max_blocks = 0x7fffffff;  // of a grid; kernels loop over what is left
 };
 
 template <class Arguments>

@@ -19,9 +19,6 @@ struct Partition {
   int heads;
   std::int64_t items;   // tiles of all heads, groups and samples
 
-  // A grid has at most 2^31 - 1 blocks, each of which takes every blocks()-th item.
-  std::int64_t blocks() const { return items < 0x7fffffff ? items : 0x7fffffff; }
-
   static Partition make(Problem const& problem, Side side, TileShapes const& shapes) {
     Partition p;
     p.own = TileShape::make(shapes.own);

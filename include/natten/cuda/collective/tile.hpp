@@ -65,12 +65,13 @@ CUTE_DEVICE TokenView view_of(TensorRef const& tensor, std::int64_t batch, int h
 
 constexpr int log2_of(int x) { return x <= 1 ? 0 : 1 + log2_of(x / 2); }
 
-// A row of a tile is cut into vectors of 16 bytes; within lines of 128 bytes they are permuted by the row, so that
+// A row of a tile is cut into vectors of 16 bytes; within lines of up to 128 bytes they are permuted by the row, so that
 // eight rows read at one column touch all 32 banks.
 template <class Element, int kRows, int kColumns>
 struct SharedTile {
   static constexpr int kVector = 16 / int(sizeof(Element));
-  static constexpr int kLine = kColumns * int(sizeof(Element)) < 128 ? kColumns : 128 / int(sizeof(Element));
+  static constexpr int kPowerOfTwo = kColumns & -kColumns;  // that divides a row
+  static constexpr int kLine = kPowerOfTwo < 8 * kVector ? kPowerOfTwo : 8 * kVector;
   using Atom = decltype(composition(Swizzle<log2_of(kLine / kVector), log2_of(kVector), 3>{},
                                     Layout<Shape<_8, Int<kLine>>, Stride<Int<kLine>, _1>>{}));
   using Layout_ = decltype(tile_to_shape(Atom{}, Shape<Int<kRows>, Int<kColumns>>{}));

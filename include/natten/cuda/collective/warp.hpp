@@ -4,7 +4,10 @@
 
 #include <cute/tensor.hpp>
 
+#include <algorithm>
 #include <cstdint>
+
+#include "natten/cuda/library.hpp"
 
 namespace natten::cuda {
 
@@ -19,10 +22,8 @@ struct Warps {
   static constexpr int kPerBlock = 4;
   static constexpr int kThreads = kLanes * kPerBlock;
 
-  // A grid has at most 2^31 - 1 blocks: for_each_row loops over the rows that are left.
-  static std::int64_t blocks(std::int64_t rows) {
-    std::int64_t const wanted = (rows + kPerBlock - 1) / kPerBlock;
-    return wanted < 0x7fffffff ? wanted : 0x7fffffff;
+  static std::int64_t blocks(std::int64_t rows, LaunchContext const& context) {
+    return std::min((rows + kPerBlock - 1) / kPerBlock, context.max_blocks);
   }
 
   CUTE_DEVICE static int lane() { return static_cast<int>(threadIdx.x % kLanes); }

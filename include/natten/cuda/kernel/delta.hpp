@@ -22,7 +22,7 @@ struct Delta {
     int heads, head_dim;
   };
 
-  static std::int64_t blocks(Params const& p) { return Warps::blocks(p.rows); }
+  static std::int64_t blocks(Params const& p, LaunchContext const& context) { return Warps::blocks(p.rows, context); }
 
   CUTE_DEVICE void operator()(Params const& p, char*) const {
     Warps::for_each_row(p.rows, [&](std::int64_t row) {

@@ -49,12 +49,12 @@ void run_fna_backward(BackwardArguments const& arguments, LaunchContext const& c
   auto const differentiate = [&](auto kernel, float* bias_tables) {
     using Kernel = decltype(kernel);
     auto const params = Kernel::make_params(arguments, context, workspace.delta, bias_tables);
-    launch(kernel, params, Kernel::blocks(params, workspace.parts * arguments.problem.heads),
+    launch(kernel, params, Kernel::blocks(params, workspace.parts * arguments.problem.heads, context),
            Kernel::shared_bytes(params));
   };
 
   auto const delta = make_delta_params<Element>(arguments, workspace.delta.data);
-  launch(Delta<Element>{}, delta, Delta<Element>::blocks(delta), 0);
+  launch(Delta<Element>{}, delta, Delta<Element>::blocks(delta, context), 0);
   differentiate(FnaGradient<Policy, Side::kQuery>{}, workspace.bias_tables);
   differentiate(FnaGradient<Policy, Side::kKey>{}, nullptr);
   if (workspace.bias_tables != nullptr) {

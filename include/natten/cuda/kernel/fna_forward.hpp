@@ -235,7 +235,7 @@ template <class Policy, class Launch>
 void run_fna_forward(ForwardArguments const& arguments, LaunchContext const& context, Launch&& launch) {
   using Kernel = FnaForward<Policy>;
   auto const params = Kernel::make_params(arguments, context);
-  launch(Kernel{}, params, params.partition.blocks(), Kernel::kSharedBytes);
+  launch(Kernel{}, params, std::min(params.partition.items, context.max_blocks), Kernel::kSharedBytes);
 }
 
 }  // namespace natten::cuda

@@ -105,10 +105,9 @@ struct FnaGradient {
   }
 
   // Where the bias has a gradient, a block stays with one head (heads run fastest) and sums into a table of its own.
-  static std::int64_t blocks(Params const& params, std::int64_t tables) {
-    std::int64_t const items = params.partition.items + params.additional_items;
-    std::int64_t const most = params.d_rpb == nullptr ? 0x7fffffff : tables;
-    return items < most ? items : most;
+  static std::int64_t blocks(Params const& params, std::int64_t tables, LaunchContext const& context) {
+    return std::min(params.partition.items + params.additional_items,
+                    params.d_rpb == nullptr ? context.max_blocks : tables);
   }
 
   CUTE_DEVICE void operator()(Params const& params, char* shared) const {

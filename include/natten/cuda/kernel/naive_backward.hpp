@@ -278,9 +278,11 @@ std::int64_t naive_backward_workspace(BackwardArguments const& arguments, Launch
 template <class Element, class Launch>
 void run_naive_backward(BackwardArguments const& arguments, LaunchContext const& context, Launch&& launch) {
   auto const delta = make_delta_params<Element>(arguments, context.workspace);
-  launch(Delta<Element>{}, delta, Delta<Element>::blocks(delta), 0);
+  launch(Delta<Element>{}, delta, Delta<Element>::blocks(delta, context), 0);
   auto const params = NaiveGradient<Element>::make_params(arguments, context);
-  auto const differentiate = [&](auto kernel, std::int64_t rows) { launch(kernel, params, Warps::blocks(rows), 0); };
+  auto const differentiate = [&](auto kernel, std::int64_t rows) {
+    launch(kernel, params, Warps::blocks(rows, context), 0);
+  };
   differentiate(NaiveGradQuery<Element>{}, params.queries.items);
   differentiate(NaiveGradKeyValue<Element>{}, params.keys.items + params.additional_items);
   if (arguments.d_rpb != nullptr) {

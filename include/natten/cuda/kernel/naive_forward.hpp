@@ -107,10 +107,10 @@ struct NaiveForward {
 };
 
 template <class Element, class Launch>
-void run_naive_forward(ForwardArguments const& arguments, LaunchContext const&, Launch&& launch) {
+void run_naive_forward(ForwardArguments const& arguments, LaunchContext const& context, Launch&& launch) {
   typename NaiveForward<Element>::Params const params{
       arguments, Partition::make(arguments.problem, Side::kQuery, TileShapes{}), Logits<Element>::make(arguments)};
-  launch(NaiveForward<Element>{}, params, Warps::blocks(params.queries.items), 0);
+  launch(NaiveForward<Element>{}, params, Warps::blocks(params.queries.items, context), 0);
 }
 
 }  // namespace natten::cuda
