@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdlib>
@@ -68,14 +69,26 @@ Op op_of(std::string const& name) { return static_cast<Op>(index_of(kOpNames, na
 
 // A problem, and the tile shapes that CUDA kernels run it with: found once, at the first launch.
 struct PlannedProblem : Problem {
-  TileShapes shapes_for(Side side, cuda::KernelInfo const& code) const {
-    if (code.own_tokens == 0) return {};
+  TileShapes shapes_for(Side side, int own_tokens, int streamed_tokens) const {
+    if (own_tokens == 0) return {};
     std::lock_guard const lock(*mutex);
-    auto const [entry, is_new] = shapes->try_emplace({static_cast<int>(side), code.own_tokens, code.streamed_tokens});
-    if (is_new) entry->second = choose_tile_shapes(*this, side, code.own_tokens, code.streamed_tokens);
+    auto const [entry, is_new] = shapes->try_emplace({static_cast<int>(side), own_tokens, streamed_tokens});
+    if (is_new) {
+      TileShapes fixed = {{0, 0, 0}, {0, 0, 0}};
+      fix(fixed.own, side, own_tokens);
+      fix(fixed.streamed, side == Side::kQuery ? Side::kKey : Side::kQuery, streamed_tokens);
+      entry->second = choose_tile_shapes(*this, side, own_tokens, streamed_tokens, fixed);
+    }
     return entry->second;
   }
 
+  // The user's shape of a tile, if it has as many tokens as are wanted: the passes of a backward kernel differ in that.
+  void fix(int (&shape)[kMaxRank], Side side, int tokens) const {
+    auto const& mine = wanted[static_cast<int>(side)];
+    if (mine[0] * mine[1] * mine[2] == tokens) std::copy(mine, mine + kMaxRank, shape);
+  }
+
+  int wanted[2][kMaxRank] = {};  // shapes that the user wants of tiles of queries and of keys; 0: none
   std::shared_ptr<std::mutex> mutex = std::make_shared<std::mutex>();
   std::shared_ptr<std::map<std::array<int, 3>, TileShapes>> shapes =
       std::make_shared<std::map<std::array<int, 3>, TileShapes>>();
@@ -83,7 +96,7 @@ struct PlannedProblem : Problem {
 
 PlannedProblem make_problem(std::string const& dtype, std::vector<int> const& axes, std::int64_t batch, int heads,
                             int heads_kv, int head_dim, int head_dim_value, int additional_keys, bool has_rpb,
-                            double scale, bool allow_tf32) {
+                            double scale, bool allow_tf32, std::vector<int> const& tile_shapes) {
   int const rank = static_cast<int>(axes.size()) / kAxisFields;
   if (rank < 1 || rank > kMaxRank || rank * kAxisFields != static_cast<int>(axes.size())) {
     throw std::invalid_argument("axes must hold " + std::to_string(kAxisFields) + " integers for each of 1 to " +
@@ -104,6 +117,17 @@ PlannedProblem make_problem(std::string const& dtype, std::vector<int> const& ax
   problem.allow_tf32 = allow_tf32;
   check(problem);
   choose_tiles(problem);
+  if (!tile_shapes.empty()) {
+    if (static_cast<int>(tile_shapes.size()) != 2 * rank) {
+      throw std::invalid_argument("tile_shapes must hold " + std::to_string(2 * rank) + " integers, not " +
+                                  std::to_string(tile_shapes.size()));
+    }
+    for (int side = 0; side < 2; ++side) {
+      int const* const shape = tile_shapes.data() + side * rank;
+      std::fill(problem.wanted[side], problem.wanted[side] + kMaxRank - rank, 1);
+      std::copy(shape, shape + rank, problem.wanted[side] + kMaxRank - rank);
+    }
+  }
   return problem;
 }
 
@@ -120,9 +144,9 @@ cuda::LaunchContext launch_context(PlannedProblem const& problem, cuda::KernelIn
   cuda::LaunchContext context;
   context.stream = reinterpret_cast<void*>(stream);
   context.workspace = reinterpret_cast<void*>(workspace);
-  context.by_query = problem.shapes_for(Side::kQuery, code);
+  context.by_query = problem.shapes_for(Side::kQuery, code.own_tokens, code.streamed_tokens);
   bool const owns_keys = code.op == Op::kBackward || code.op == Op::kAvTransposed;
-  if (owns_keys) context.by_key = problem.shapes_for(Side::kKey, code);
+  if (owns_keys) context.by_key = problem.shapes_for(Side::kKey, code.own_tokens, code.streamed_tokens);
   return context;
 }
 
@@ -274,7 +298,17 @@ void register_kernels(py::module_& module) {
   py::class_<PlannedProblem>(module, "Problem")
       .def(py::init(&make_problem), py::arg("dtype"), py::arg("axes"), py::arg("batch"), py::arg("heads"),
            py::arg("heads_kv"), py::arg("head_dim"), py::arg("head_dim_value"), py::arg("additional_keys"),
-           py::arg("has_rpb"), py::arg("scale"), py::arg("allow_tf32") = false);
+           py::arg("has_rpb"), py::arg("scale"), py::arg("allow_tf32") = false,
+           py::arg("tile_shapes") = std::vector<int>())
+      .def(
+          "tile_shapes",
+          [](PlannedProblem const& problem, bool of_keys, int own, int streamed) {
+            TileShapes const shapes = problem.shapes_for(of_keys ? Side::kKey : Side::kQuery, own, streamed);
+            int const first = kMaxRank - problem.rank;
+            return std::make_pair(std::vector<int>(shapes.own + first, shapes.own + kMaxRank),
+                                  std::vector<int>(shapes.streamed + first, shapes.streamed + kMaxRank));
+          },
+          py::arg("of_keys"), py::arg("own"), py::arg("streamed"));
 
   module.def(
       "kernels",

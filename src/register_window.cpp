@@ -94,17 +94,18 @@ void require_positive(char const* name, int tile) {
   if (tile < 1) throw std::invalid_argument(std::string(name) + " = " + std::to_string(tile) + " must be positive");
 }
 
-std::vector<std::tuple<int, int, int, int, int, int, int>> tile_boxes(Fields const& fields, int tile) {
+std::vector<std::tuple<int, int, int, int, int, int, int>> tile_boxes(Fields const& fields, int tile, bool of_keys) {
   require_positive("tile", tile);
   Axis const axis = checked_axis(fields);
   std::vector<std::tuple<int, int, int, int, int, int, int>> list;
   for (int g = 0; g < axis.groups(); ++g) {
     Group const group = axis.group(g);
-    for (int p = group.queries.begin; p < group.queries.end; p += tile) {
-      Interval const queries{p, min(p + tile, group.queries.end)};
-      Interval const keys = group.keys_of(queries);
-      Interval const interior = group.interior_keys_of(queries);
-      list.emplace_back(g, queries.begin, queries.end, keys.begin, keys.end, interior.begin, interior.end);
+    Interval const tokens = of_keys ? group.keys : group.queries;
+    for (int p = tokens.begin; p < tokens.end; p += tile) {
+      Interval const own{p, min(p + tile, tokens.end)};
+      Interval const box = of_keys ? group.queries_of(own) : group.keys_of(own);
+      Interval const interior = of_keys ? group.interior_queries_of(own) : group.interior_keys_of(own);
+      list.emplace_back(g, own.begin, own.end, box.begin, box.end, interior.begin, interior.end);
     }
   }
   return list;
@@ -128,7 +129,7 @@ void register_window(py::module_& module) {
   module.def("inverse_windows", &inverse_windows, py::arg("axis"));
   module.def("valid_queries", &valid_queries, py::arg("axis"));
   module.def("attended_pairs", &axis_pairs, py::arg("axis"));
-  module.def("tile_boxes", &tile_boxes, py::arg("axis"), py::arg("tile"));
+  module.def("tile_boxes", &tile_boxes, py::arg("axis"), py::arg("tile"), py::arg("of_keys") = false);
   module.def("visited_tiles", &axis_tiles, py::arg("axis"), py::arg("query_tile"), py::arg("key_tile"));
 }
 

@@ -92,14 +92,19 @@ NATTEN_INLINE void choose_tile(Problem const& problem, Side side, int tokens, in
 
 // The shapes of own and streamed tiles, of these numbers of tokens (powers of two), with which own tiles visit the fewest
 // streamed tiles: on each axis the sum over own tiles of those visited, multiplied over axes. Long axes are sampled, at
-// kSamples tiles; dilation group 0 speaks for all. Among equals the longest along the last axis.
-inline TileShapes choose_tile_shapes(Problem const& problem, Side side, int own, int streamed) {
+// kSamples tiles; dilation group 0 speaks for all. Among equals the longest along the last axis. Shapes in `fixed` that
+// are not 0 are taken as they are.
+inline TileShapes choose_tile_shapes(Problem const& problem, Side side, int own, int streamed,
+                                     TileShapes const& fixed = {{0, 0, 0}, {0, 0, 0}}) {
   constexpr int kMaxLog = 8;
   constexpr int kSamples = 512;
   auto const log2 = [](int x) {
     int log = 0;
     while ((1 << log) < x) ++log;
     return log;
+  };
+  auto const may_be = [](int const(&shape)[kMaxRank], int i0, int i1, int i2) {
+    return shape[0] == 0 || (shape[0] == 1 << i0 && shape[1] == 1 << i1 && shape[2] == 1 << i2);
   };
   int const own_log = log2(own), streamed_log = log2(streamed);
   double cost[kMaxRank][kMaxLog + 1][kMaxLog + 1] = {};
@@ -121,9 +126,11 @@ inline TileShapes choose_tile_shapes(Problem const& problem, Side side, int own,
   for (int i0 = 0; i0 <= own_log; ++i0) {
     for (int i1 = 0; i0 + i1 <= own_log; ++i1) {
       int const i2 = own_log - i0 - i1;
+      if (!may_be(fixed.own, i0, i1, i2)) continue;
       for (int j0 = 0; j0 <= streamed_log; ++j0) {
         for (int j1 = 0; j0 + j1 <= streamed_log; ++j1) {
           int const j2 = streamed_log - j0 - j1;
+          if (!may_be(fixed.streamed, j0, j1, j2)) continue;
           double const c = cost[0][i0][j0] * cost[1][i1][j1] * cost[2][i2][j2];
           if (least >= 0 && c >= least) continue;
           least = c;

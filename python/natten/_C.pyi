@@ -47,7 +47,12 @@ class Problem:
         has_rpb: bool,
         scale: float,
         allow_tf32: bool = False,
+        tile_shapes: Sequence[
+            int
+        ] = (),  # that CUDA kernels are to use: of queries, then of keys; 0 where any will do
     ) -> None: ...
+    def tile_shapes(self, of_keys: bool, own: int, streamed: int) -> tuple[list[int], list[int]]:
+        """Of own tiles (of keys, or of queries) and of streamed ones, of these numbers of tokens (powers of two)."""
 
 def kernels(device: str = "cpu") -> list[Kernel]:
     """Every row of the table for "cpu", "cuda" or "emulation", in order of preference.
@@ -146,8 +151,13 @@ def valid_queries(axis: AxisInts) -> tuple[int, int]:
 def attended_pairs(axis: AxisInts) -> int:
     """Sum over the queries of their window's size."""
 
-def tile_boxes(axis: AxisInts, tile: int) -> list[tuple[int, int, int, int, int, int, int]]:
-    """For every query tile: (group, first query, end query, first key, end key, first interior key, end interior)."""
+def tile_boxes(
+    axis: AxisInts, tile: int, of_keys: bool = False
+) -> list[tuple[int, int, int, int, int, int, int]]:
+    """For every query tile: (group, first query, end query, first key, end key, first interior key, end interior).
+
+    The same of key tiles, and the queries that attend to them.
+    """
 
 def visited_tiles(axis: AxisInts, query_tile: int, key_tile: int) -> int:
     """Key tiles that query tiles of this size visit, key tiles starting at the corner of each query tile's box."""

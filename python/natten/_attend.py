@@ -14,6 +14,7 @@ from torch import Tensor
 
 from natten import _dispatch, _flex, _ops, _unfused
 from natten._problem import (
+    TILE_ARGUMENTS,
     AvOperands,
     Operands,
     Problem,
@@ -24,6 +25,7 @@ from natten._problem import (
     normalize_av,
     normalize_dense,
     normalize_qk,
+    normalize_tile_shapes,
     reject,
 )
 
@@ -126,7 +128,9 @@ def _autocast(operands: _T) -> _T:
     return type(operands)(*map(cast, operands._fields, operands))
 
 
-def _run(plan: Plan, operands: Operands) -> tuple[Tensor, Tensor]:
+def _run(
+    plan: Plan, operands: Operands, tile_shapes: tuple[int, ...] = ()
+) -> tuple[Tensor, Tensor]:
     problem = plan.problem
     for dim, start, length in problem.narrowing:
         operands = operands._replace(query=operands.query.narrow(dim, start, length))
@@ -134,18 +138,35 @@ def _run(plan: Plan, operands: Operands) -> tuple[Tensor, Tensor]:
         return _flex.forward(operands, problem.flat_axes, problem.scale)
     if operands.rpb is not None:
         operands = operands._replace(rpb=operands.rpb.to(_ops.lse_dtype(problem.dtype)))
-    settings = problem.flat_axes, problem.scale, plan.backend
+    settings: tuple[Any, ...] = problem.flat_axes, problem.scale, plan.backend
+    if tile_shapes:
+        settings += (tile_shapes,)
+        if plan.needs_grad:
+            _ops.check_backward(operands, *settings)
     return _ops.run(_ops.FORWARD, plan.needs_grad, *operands, *settings)  # type: ignore[no-any-return]
 
 
+_BY_COST = (None,) * len(TILE_ARGUMENTS)
+
+
 def neighborhood(
-    rank: int | None, backend: str | None, operands: Operands, *arguments: Any
+    rank: int | None,
+    backend: str | None,
+    operands: Operands,
+    *arguments: Any,
+    tile_shapes: tuple[Any, ...] = _BY_COST,
 ) -> tuple[Tensor, Tensor]:
-    """Output and LSE of neighborhood attention. `arguments` are those of `normalize`, from kernel_size on."""
+    """Output and LSE of neighborhood attention.
+
+    `arguments` are those of `normalize`, from kernel_size on, and `tile_shapes` the values of `TILE_ARGUMENTS`.
+    """
     if torch._C._is_any_autocast_enabled():
         operands = _autocast(operands)
     infos = operands.describe()
-    return _run(_plan(normalize, operands, infos, (rank, *arguments), backend), operands)
+    plan = _plan(normalize, operands, infos, (rank, *arguments), backend)
+    if tile_shapes == _BY_COST:
+        return _run(plan, operands)
+    return _run(plan, operands, normalize_tile_shapes(tile_shapes, plan.problem.rank))
 
 
 def dense(

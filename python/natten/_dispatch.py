@@ -234,14 +234,20 @@ def launch(
     scale: float,
     arch: int,
     allow_tf32: bool,
+    tile_shapes: tuple[int, ...] = (),
 ) -> Launch:
-    """The problem as the core sees it, and the kernel that runs `op` of it. `shapes` are those of the operands.
+    """The problem as the core sees it, and the kernel that runs `op` of it.
+
+    `shapes` are those of the operands; `tile_shapes`, if there are any, as `normalize_tile_shapes` puts them.
 
     Raises:
-        ArgumentError: If the shapes do not fit the axes or each other: the core would read out of bounds.
+        ArgumentError: If the shapes do not fit the axes or each other: the core would read out of bounds. If the kernel
+            does not take these tiles.
         NotImplementedError: If no kernel of the backend can run it.
     """
     axes = _axes(flat_axes)
+    half = len(tile_shapes) // 2
+    tile_shapes = tile_shapes[half:] if op == "backward" else tile_shapes[:half]
     query, key, value, additional_keys, _, rpb = shapes
     assert query is not None
     assert key is not None
@@ -272,10 +278,11 @@ def launch(
         rpb is not None,
         scale,
         allow_tf32,
+        tile_shapes,
     )
     # Dense attention to an empty sequence is the one problem without keys.
     is_empty = 0 in query or (0 in key and additional == 0)
-    return _launch(problem, op, backend, isa, arch, is_empty)
+    return _launch(problem, op, backend, isa, arch, is_empty, tile_shapes)
 
 
 @lru_cache(maxsize=1024)
@@ -328,20 +335,58 @@ def _axes(flat_axes: tuple[int, ...]) -> list[Axis]:
 
 
 def _launch(
-    problem: _C.Problem, op: str, backend: str, isa: str, arch: int, is_empty: bool
+    problem: _C.Problem,
+    op: str,
+    backend: str,
+    isa: str,
+    arch: int,
+    is_empty: bool,
+    tile_shapes: tuple[int, ...] = (),
 ) -> Launch:
-    found = [
-        Candidate(
-            kernel.backend, kernel.name, (*reasons, *_switched_off(kernel.backend, op, backend))
-        )
+    rows = [
+        (kernel, (*reasons, *_switched_off(kernel.backend, op, backend)))
         for kernel, reasons in _C.candidates(problem, op, backend, isa, arch)
     ]
-    chosen = next((candidate.kernel for candidate in found if not candidate.reasons), None)
-    if chosen is None:
+    able = [kernel for kernel, reasons in rows if not reasons]
+    if not able:
+        found = [Candidate(kernel.backend, kernel.name, why) for kernel, why in rows]
         raise _nothing_runs(backend, found)
     if is_empty:
         return Launch(problem, None, 0)
+    chosen = _with_tiles(op, tile_shapes, able).name if any(tile_shapes) else able[0].name
     return Launch(problem, chosen, _C.workspace_bytes(problem, op, chosen, arch))
+
+
+def _with_tiles(op: str, tile_shapes: tuple[int, ...], able: list[_C.Kernel]) -> _C.Kernel:
+    """The best of the kernels that are `able` to run a problem which has tiles of these shapes.
+
+    A CUDA kernel has tiles of the numbers of tokens that it was compiled for; where the best kernel has none, shapes
+    say nothing. A backward kernel goes over its tiles twice, the second time with the roles of queries and keys
+    exchanged: there, a shape counts for the pass, or both, where it has the right number of tokens.
+    """
+    if able[0].tile == (0, 0):
+        return able[0]
+    middle = len(tile_shapes) // 2
+    shapes = tile_shapes[:middle], tile_shapes[middle:]
+    tiled = [kernel for kernel in able if kernel.tile != (0, 0)]
+
+    def takes(kernel: _C.Kernel) -> bool:
+        possible = (kernel.tile, kernel.tile[::-1]) if op == "backward" else (kernel.tile,)
+        return all(
+            not any(shape) or any(math.prod(shape) == tile[side] for tile in possible)
+            for side, shape in enumerate(shapes)
+        )
+
+    chosen = next(filter(takes, tiled), None)
+    if chosen is None:
+        prefix, conjunction = ("backward_", "or") if op == "backward" else ("", "and")
+        reject(
+            f"{prefix}q_tile_shape, {prefix}kv_tile_shape",
+            " and ".join(f"{shape}" if any(shape) else "any" for shape in shapes),
+            "boxes of as many tokens as a kernel is compiled for",
+            "; ".join(f"{k.name} has {k.tile[0]} {conjunction} {k.tile[1]}" for k in tiled),
+        )
+    return chosen
 
 
 def _switched_off(backend: str, op: str, asked: str) -> tuple[str, ...]:

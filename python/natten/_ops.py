@@ -7,6 +7,7 @@ Schema, kernels, shapes for tracing and FLOP counts; what they are under autogra
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -25,7 +26,7 @@ _OperandTuple: TypeAlias = tuple[
 Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 _OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor? additional_keys, Tensor? additional_values, Tensor? rpb"
-_SETTINGS = "SymInt[] axes, float scale, str backend"
+_SETTINGS = "SymInt[] axes, float scale, str backend, int[] tile_shapes=[]"
 _GRADIENTS = ", ".join(["Tensor"] * 6)
 
 library: Any = torch.library.Library("natten", "DEF")  # type: ignore[no-untyped-call]
@@ -86,8 +87,25 @@ def _row_ref(tensor: Tensor) -> _C.Tensor:
     return tensor.data_ptr(), stride[0], stride[1:-1], stride[-1]
 
 
+def check_backward(
+    operands: Operands,
+    axes: tuple[int, ...],
+    scale: float,
+    backend: str,
+    tile_shapes: tuple[int, ...],
+) -> None:
+    """Raises, if the backward kernel does not take these tile shapes, before it is too late to see by whom."""
+    if not torch.compiler.is_compiling() and backend != "reference":
+        _launch("backward", backend, operands, axes, scale, tile_shapes)
+
+
 def _launch(
-    op: str, backend: str, operands: _OperandTuple, axes: tuple[int, ...], scale: float
+    op: str,
+    backend: str,
+    operands: _OperandTuple,
+    axes: tuple[int, ...],
+    scale: float,
+    tile_shapes: Sequence[int],
 ) -> _dispatch.Launch:
     query, key, value, additional_keys, additional_values, rpb = operands
     shapes = (
@@ -112,6 +130,7 @@ def _launch(
         scale,
         arch,
         allow_tf32,
+        tuple(tile_shapes),
     )
 
 
@@ -160,13 +179,16 @@ def _forward(
     axes: list[int],
     scale: float,
     backend: str,
+    tile_shapes: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
     backend = _resolve(backend, query)
     operands = (query, key, value, additional_keys, additional_values, rpb)
     flat_axes = tuple(axes)
     if backend == "reference":
         return reference.forward(Operands(*operands), flat_axes, scale)
-    problem, kernel, _ = _launch("forward", backend, operands, flat_axes, scale)
+    problem, kernel, workspace_bytes = _launch(
+        "forward", backend, operands, flat_axes, scale, tile_shapes
+    )
     output, lse = _empty_output(query, value)
     if kernel is None:
         return output.zero_(), lse.fill_(-math.inf)
@@ -186,7 +208,7 @@ def _forward(
     _run(
         _C.forward,
         query,
-        0,
+        workspace_bytes,
         problem,
         kernel,
         query_ref,
@@ -233,6 +255,7 @@ def _backward(
     axes: list[int],
     scale: float,
     backend: str,
+    tile_shapes: Sequence[int] = (),
 ) -> Gradients:
     backend = _resolve(backend, query)
     operands = Operands(query, key, value, additional_keys, additional_values, rpb)
@@ -250,7 +273,9 @@ def _backward(
         or output.shape[:-1] != lse.shape
     ):
         reject("output, lse and d_output", "of different grids", "those of the query")
-    problem, kernel, workspace_bytes = _launch("backward", backend, operands, flat_axes, scale)
+    problem, kernel, workspace_bytes = _launch(
+        "backward", backend, operands, flat_axes, scale, tile_shapes
+    )
     if kernel is None:
         for gradient in gradients:
             gradient.zero_()
@@ -316,9 +341,7 @@ def _forward_fake(
     additional_keys: Tensor | None,
     additional_values: Tensor | None,
     rpb: Tensor | None,
-    axes: list[int],
-    scale: float,
-    backend: str,
+    *_: Any,
 ) -> tuple[Tensor, Tensor]:
     return _empty_output(query, value)
 

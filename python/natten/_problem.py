@@ -325,6 +325,25 @@ def _integers(name: str, value: Any, rank: int) -> tuple[int, ...]:
     return tuple(_integer(f"{name}[{i}]", v) for i, v in enumerate(values))
 
 
+TILE_ARGUMENTS = (
+    "q_tile_shape",
+    "kv_tile_shape",
+    "backward_q_tile_shape",
+    "backward_kv_tile_shape",
+)
+
+
+def normalize_tile_shapes(shapes: tuple[Any, ...], rank: int) -> tuple[int, ...]:
+    """The values of `TILE_ARGUMENTS` in one row, `rank` numbers each; zeros for those that are None."""
+    flat: list[int] = []
+    for name, shape in zip(TILE_ARGUMENTS, shapes, strict=True):
+        sides = (0,) * rank if shape is None else _integers(name, shape, rank)
+        if shape is not None and min(sides) < 1:
+            reject(name, shape, "at least 1 token on every axis")
+        flat += sides
+    return tuple(flat)
+
+
 def _valid_queries(*axis: int) -> tuple[int, int]:
     return _C.valid_queries(axis)
 

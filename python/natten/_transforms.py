@@ -16,7 +16,8 @@ from natten import reference
 from natten._ops import BACKWARD, FORWARD, library
 from natten._problem import Operands
 
-# The arguments of the ops: 6 operands, for backward also output, lse, d_output and d_lse, then axes, scale and backend.
+# The arguments of the ops: 6 operands, for backward also output, lse, d_output and d_lse, then axes, scale, backend and,
+# if they are given, tile shapes.
 _NUM_OPERANDS = len(Operands._fields)
 
 
@@ -56,10 +57,11 @@ class _Backward(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Any:
         gradients = _below_autograd(BACKWARD, arguments)
         operands, rest = _split(arguments)
-        _, _, d_output, d_lse, axes, scale, _ = rest
+        _, _, d_output, d_lse, axes, scale, *_ = rest
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*operands, d_output, d_lse)
         ctx.settings = tuple(axes), scale
+        ctx.num_arguments = len(arguments)
         return gradients
 
     @staticmethod
@@ -82,7 +84,7 @@ class _Backward(torch.autograd.Function):
             torch.zeros_like(c) if g is None else g for c, g in zip(computed, given, strict=True)
         )
         # Output and LSE are functions of the operands: their share is part of the operands' derivatives.
-        results: list[Any] = [None] * (_NUM_OPERANDS + 7)
+        results: list[Any] = [None] * ctx.num_arguments
         for i, result in zip(present, pullback(tuple(filled)), strict=True):
             results[i if i < _NUM_OPERANDS else i + 2] = result
         return tuple(results)
@@ -112,14 +114,14 @@ def _record(function: Any, op: Any, arguments: tuple[Any, ...]) -> Any:
 
 
 def _forward_autograd(*arguments: Any) -> Any:
-    operands, (axes, scale, _) = _split(arguments)
+    operands, (axes, scale, *_) = _split(arguments)
     if _is_dual(*operands):
         return reference.forward(operands, tuple(axes), scale)
     return _record(_Forward, FORWARD, arguments)
 
 
 def _backward_autograd(*arguments: Any) -> Any:
-    operands, (_, _, d_output, d_lse, axes, scale, _) = _split(arguments)
+    operands, (_, _, d_output, d_lse, axes, scale, *_) = _split(arguments)
     if _is_dual(*operands, d_output, d_lse):
         computed = reference.backward(operands, d_output, d_lse, tuple(axes), scale)
         return tuple(d_output.new_empty(0) if g is None else g for g in computed)

@@ -120,15 +120,17 @@ def neighborhood_attention_generic(
         additional_values: ``[batch, tokens, heads_kv, head_dim_value]``.
         attention_kwargs: Accepted for compatibility, without effect.
         backend: ``"auto"``, ``"fna"``, ``"naive"``, ``"flex"`` or ``"reference"``; None: that of `use_backend`.
-        q_tile_shape: Accepted for compatibility, without effect, as are the next eight: the kernels choose by cost.
-        kv_tile_shape: See q_tile_shape.
-        backward_q_tile_shape: See q_tile_shape.
-        backward_kv_tile_shape: See q_tile_shape.
-        backward_kv_splits: See q_tile_shape.
-        backward_use_pt_reduction: See q_tile_shape.
-        run_persistent_kernel: See q_tile_shape.
-        kernel_schedule: See q_tile_shape.
-        torch_compile: See q_tile_shape.
+        q_tile_shape: Tokens per axis of a tile of queries, in the fused kernels for GPUs; their product must be what
+            the kernel is compiled for. None, the best choice in all but rare cases: by cost, for the problem at hand.
+            Without effect on CPUs and in other backends.
+        kv_tile_shape: The same of a tile of keys.
+        backward_q_tile_shape: The same in the backward pass.
+        backward_kv_tile_shape: The same of a tile of keys.
+        backward_kv_splits: Accepted for compatibility, without effect, as are the next four.
+        backward_use_pt_reduction: Without effect.
+        run_persistent_kernel: Without effect.
+        kernel_schedule: Without effect.
+        torch_compile: Without effect.
         return_lse: Whether to return the logarithm of the softmax denominators, too.
         rpb: Relative positional bias ``[heads, *(2 * kernel_size - 1)]``, added to the scaled logits: the entry of
             key minus query position, plus kernel_size - 1, per axis; positions in steps of the dilation. Trainable.
@@ -172,6 +174,7 @@ def neighborhood_attention_generic(
         query_origin,
         key_origin,
         scale,
+        tile_shapes=(q_tile_shape, kv_tile_shape, backward_q_tile_shape, backward_kv_tile_shape),
     )
     return (output, lse) if return_lse else output
 
@@ -222,12 +225,12 @@ def na1d(
         scale: Factor of the logits. None means ``head_dim ** -0.5``.
         additional_keys: ``[batch, tokens, heads_kv, head_dim]``, attended by every query.
         additional_values: ``[batch, tokens, heads_kv, head_dim_value]``.
-        attention_kwargs: Without effect, as are the tile, split, schedule and compile arguments.
+        attention_kwargs: Without effect, as are the split, schedule and compile arguments.
         backend: Name of a backend; None: that of `use_backend`.
-        q_tile_shape: Without effect.
-        kv_tile_shape: Without effect.
-        backward_q_tile_shape: Without effect.
-        backward_kv_tile_shape: Without effect.
+        q_tile_shape: Tokens per axis of a tile of queries, on GPUs; None: by cost.
+        kv_tile_shape: The same of a tile of keys.
+        backward_q_tile_shape: The same in the backward pass.
+        backward_kv_tile_shape: The same of a tile of keys.
         backward_kv_splits: Without effect.
         backward_use_pt_reduction: Without effect.
         run_persistent_kernel: Without effect.
@@ -269,6 +272,7 @@ def na1d(
         query_origin,
         key_origin,
         scale,
+        tile_shapes=(q_tile_shape, kv_tile_shape, backward_q_tile_shape, backward_kv_tile_shape),
     )
     return (output, lse) if return_lse else output
 
@@ -319,12 +323,12 @@ def na2d(
         scale: Factor of the logits. None means ``head_dim ** -0.5``.
         additional_keys: ``[batch, tokens, heads_kv, head_dim]``, attended by every query.
         additional_values: ``[batch, tokens, heads_kv, head_dim_value]``.
-        attention_kwargs: Without effect, as are the tile, split, schedule and compile arguments.
+        attention_kwargs: Without effect, as are the split, schedule and compile arguments.
         backend: Name of a backend; None: that of `use_backend`.
-        q_tile_shape: Without effect.
-        kv_tile_shape: Without effect.
-        backward_q_tile_shape: Without effect.
-        backward_kv_tile_shape: Without effect.
+        q_tile_shape: Tokens per axis of a tile of queries, on GPUs; None: by cost.
+        kv_tile_shape: The same of a tile of keys.
+        backward_q_tile_shape: The same in the backward pass.
+        backward_kv_tile_shape: The same of a tile of keys.
         backward_kv_splits: Without effect.
         backward_use_pt_reduction: Without effect.
         run_persistent_kernel: Without effect.
@@ -366,6 +370,7 @@ def na2d(
         query_origin,
         key_origin,
         scale,
+        tile_shapes=(q_tile_shape, kv_tile_shape, backward_q_tile_shape, backward_kv_tile_shape),
     )
     return (output, lse) if return_lse else output
 
@@ -416,12 +421,12 @@ def na3d(
         scale: Factor of the logits. None means ``head_dim ** -0.5``.
         additional_keys: ``[batch, tokens, heads_kv, head_dim]``, attended by every query.
         additional_values: ``[batch, tokens, heads_kv, head_dim_value]``.
-        attention_kwargs: Without effect, as are the tile, split, schedule and compile arguments.
+        attention_kwargs: Without effect, as are the split, schedule and compile arguments.
         backend: Name of a backend; None: that of `use_backend`.
-        q_tile_shape: Without effect.
-        kv_tile_shape: Without effect.
-        backward_q_tile_shape: Without effect.
-        backward_kv_tile_shape: Without effect.
+        q_tile_shape: Tokens per axis of a tile of queries, on GPUs; None: by cost.
+        kv_tile_shape: The same of a tile of keys.
+        backward_q_tile_shape: The same in the backward pass.
+        backward_kv_tile_shape: The same of a tile of keys.
         backward_kv_splits: Without effect.
         backward_use_pt_reduction: Without effect.
         run_persistent_kernel: Without effect.
@@ -463,6 +468,7 @@ def na3d(
         query_origin,
         key_origin,
         scale,
+        tile_shapes=(q_tile_shape, kv_tile_shape, backward_q_tile_shape, backward_kv_tile_shape),
     )
     return (output, lse) if return_lse else output
 
