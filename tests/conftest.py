@@ -42,3 +42,13 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def counter() -> Iterator[object]:
+    """A backend of torch.compile that counts what it compiles."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    yield CompileCounterWithBackend("aot_eager")  # type: ignore[no-untyped-call]
+    torch._dynamo.reset()

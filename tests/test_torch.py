@@ -296,15 +296,6 @@ def test_no_copies_of_strided_inputs():
 # Compilation ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def counter():
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    torch._dynamo.reset()
-    yield CompileCounterWithBackend("aot_eager")
-    torch._dynamo.reset()
-
-
 COMPILED = [
     ("rank1", "causal"),
     ("rank2", "rpb", "additional"),

@@ -16,10 +16,33 @@ from tests import oracle, oracle_unfused
 from tests.cases import random_problem
 from tests.oracle import FLOOR, assert_close
 
+OPS = {"qk", "av", "av_transposed", "rpb_gradient"}
 # Of the unfused ops, compiled in.
 COMPILED = tuple(dict.fromkeys(kernel.backend for kernel in _C.kernels() if kernel.op == "qk"))
 BACKENDS = (*COMPILED, "reference")
+# Those that have gradients.
+TRAINABLE = {
+    backend
+    for backend in BACKENDS
+    if backend == "reference" or {k.op for k in _C.kernels() if k.backend == backend} >= OPS
+}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def types_of(backend):
+    """That it computes the unfused ops of."""
+    if backend == "reference":
+        return set(DTYPES)
+    rows = (k for k in _C.kernels() if k.backend == backend and k.op in OPS)
+    return {getattr(torch, dtype) for k in rows for dtype in k.dtypes}
+
+
+COMBINATIONS = [
+    pytest.param(backend, dtype, id=f"{backend}-{dtype}")
+    for backend in BACKENDS
+    for dtype in DTYPES
+    if dtype in types_of(backend)
+]
 QK = (na1d_qk, na2d_qk, na3d_qk)
 AV = (na1d_av, na2d_av, na3d_av)
 # The public functions have no boxes; the kernels' tests do. Scale is for the caller to apply.
@@ -34,7 +57,10 @@ FEATURES = [
     ("rank3", "causal", "mask", "rpb"),
     ("rank3", "dilation", "value_dim", "strided", "additional"),
     ("rank3", "valid", "even", "rpb"),
-    (),
+]
+CASES = [
+    *(pytest.param(features, 1, id="-".join(features)) for features in FEATURES),
+    *(pytest.param((), seed, id=f"random{seed}") for seed in range(10)),
 ]
 
 
@@ -63,36 +89,42 @@ def av(problem, attn, value, additional_values=None, backend=None):
     return function(attn, value, **window_of(problem), **settings)
 
 
-def run(function, tensors, seed=0):
+def halves(problem, backend=None):
+    """Output and LSE of attention, as a function of heads-first tensors."""
+
+    def function(query, key, value, more_keys, more_values, rpb):
+        logits = qk(problem, query * problem.scale_value, key, more_keys, rpb, backend)
+        return av(problem, logits.softmax(-1), value, more_values, backend), logits.logsumexp(-1)
+
+    return function
+
+
+def run(function, tensors, at_empty=math.nan, trainable=True):
     """The result, and the gradient of each tensor (None where there is none) for a random cotangent.
 
-    The cotangent is NaN where the result is -inf: nothing may flow through there.
+    The cotangent is NaN where the result is -inf: nothing may flow through there. In brute force, it would.
     """
-    inputs = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    inputs = [None if t is None else t.detach().requires_grad_(trainable) for t in tensors]
     result = function(*inputs)
-    generator = torch.Generator().manual_seed(seed)
+    if not trainable:
+        return [result]
+    generator = torch.Generator().manual_seed(0)
     cotangent = torch.randn(result.shape, generator=generator, dtype=torch.float64).to(result)
-    cotangent = cotangent.masked_fill(result.detach() == -math.inf, math.nan)
+    cotangent = cotangent.masked_fill(result.detach() == -math.inf, at_empty)
     present = [t for t in inputs if t is not None]
     gradients = iter(torch.autograd.grad(result, present, cotangent))
     return [result.detach(), *(None if t is None else next(gradients) for t in inputs)]
 
 
-def run_oracle(function, tensors, seed=0):
-    """The same of brute force, where a NaN times 0 is a NaN."""
-    inputs = [None if t is None else t.detach().requires_grad_() for t in tensors]
-    result = function(*inputs)
-    generator = torch.Generator().manual_seed(seed)
-    cotangent = torch.randn(result.shape, generator=generator, dtype=torch.float64).to(result)
-    cotangent = cotangent.masked_fill(result.detach() == -math.inf, 0)
-    present = [t for t in inputs if t is not None]
-    gradients = iter(torch.autograd.grad(result, present, cotangent))
-    return [result.detach(), *(None if t is None else next(gradients) for t in inputs)]
-
-
-def check(results, exact, lossy, dtype):
-    """Each result within twice the error of brute force in the same type, plus a floor."""
-    for i, (result, right, rough) in enumerate(zip(results, exact, lossy, strict=True)):
+def check(results, function, operands):
+    """Each result within twice the error of brute force, `function`, in the same type, plus a floor."""
+    dtype = operands[0].dtype
+    exact = run(function, doubled(operands), at_empty=0)
+    lossy = run(function, operands, at_empty=0)
+    count = len(results)
+    for i, (result, right, rough) in enumerate(
+        zip(results, exact[:count], lossy[:count], strict=True)
+    ):
         assert (result is None) == (right is None)
         if right is None or right.numel() == 0:
             continue
@@ -114,53 +146,68 @@ def on(device, tensors):
 # Values and gradients ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("features", FEATURES, ids="-".join)
-def test_qk(features, backend, dtype, device):
-    problem = random(features, 1)
+@pytest.mark.parametrize(("backend", "dtype"), COMBINATIONS)
+@pytest.mark.parametrize(("features", "seed"), CASES)
+def test_qk(features, seed, backend, dtype, device):
+    problem = random(features, seed)
     query, key, _, more, _, rpb = oracle_unfused.heads_first(problem.operands(dtype))
     operands = query, key, more, rpb
-    exact = run_oracle(lambda *t: oracle_unfused.qk(problem, *t), doubled(operands))
-    lossy = run_oracle(lambda *t: oracle_unfused.qk(problem, *t), operands)
-    results = run(lambda *t: qk(problem, *t, backend=backend), on(device, operands))
+    results = run(
+        lambda *t: qk(problem, *t, backend=backend),
+        on(device, operands),
+        trainable=backend in TRAINABLE,
+    )
     assert results[0].dtype == dtype
-    check(results, exact, lossy, dtype)
+    check(results, lambda *t: oracle_unfused.qk(problem, *t), operands)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("features", FEATURES, ids="-".join)
-def test_av(features, backend, dtype, device):
-    problem = random(features, 2)
+@pytest.mark.parametrize(("backend", "dtype"), COMBINATIONS)
+@pytest.mark.parametrize(("features", "seed"), CASES)
+def test_av(features, seed, backend, dtype, device):
+    problem = random(features, seed)
     query, key, value, more_keys, more, rpb = oracle_unfused.heads_first(problem.operands(dtype))
     logits = oracle_unfused.qk(problem, *doubled((query, key, more_keys, rpb)))
     attn = (logits * problem.head_dim**-0.5).softmax(-1).to(dtype)
     count = math.prod(problem.kernel_size)
     present = oracle_unfused.slots(problem).present.reshape(*problem.output_grid, count)
     present = torch.nn.functional.pad(present, (0, problem.additional), value=True)
-    operands = attn, value, more
-    exact = run_oracle(lambda *t: oracle_unfused.av(problem, *t), doubled(operands))
-    lossy = run_oracle(lambda *t: oracle_unfused.av(problem, *t), operands)
     # What slots without a key hold must not matter.
-    operands = attn.masked_fill(~present, math.nan), value, more
-    results = run(lambda *t: av(problem, *t, backend=backend), on(device, operands))
-    check(results, exact, lossy, dtype)
-    assert (results[1].cpu()[~present.expand_as(attn)] == 0).all()
+    filled = attn.masked_fill(~present, math.nan)
+    results = run(
+        lambda *t: av(problem, *t, backend=backend),
+        on(device, (filled, value, more)),
+        trainable=backend in TRAINABLE,
+    )
+    check(results, lambda *t: oracle_unfused.av(problem, *t), (attn, value, more))
+    if backend in TRAINABLE:
+        assert (results[1].cpu()[~present.expand_as(attn)] == 0).all()
+
+
+@pytest.mark.parametrize("op", ["qk", "av"])
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_types_without_kernels(dtype, backend, op):
+    """A backend either has kernels for a type or says that it has not."""
+    x, attn = torch.randn(1, 1, 6, 8).to(dtype), torch.randn(1, 1, 6, 3).to(dtype)
+
+    def call():
+        if op == "qk":
+            return na1d_qk(x, x, 3, backend=backend)
+        return na1d_av(attn, x, 3, backend=backend)
+
+    if dtype in types_of(backend):
+        assert call().dtype == dtype
+    else:
+        name = str(dtype).removeprefix("torch.")
+        with pytest.raises(NotImplementedError, match=f"the problem is {name}"):
+            call()
 
 
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("backend", ["fna", *BACKENDS])
+@pytest.mark.parametrize("backend", ["fna", *(b for b in BACKENDS if b in TRAINABLE)])
 def test_the_same_as_fused(seed, backend):
     problem = random(("additional",) if seed % 2 else (), 100 + seed)
     operands = problem.operands(torch.float32)
-
-    def halves(query, key, value, more_keys, more_values, rpb):
-        heads_first = oracle_unfused.heads_first((query, key, value, more_keys, more_values, rpb))
-        query, key, value, more_keys, more_values, rpb = heads_first
-        logits = qk(problem, query * problem.scale_value, key, more_keys, rpb)
-        output = av(problem, logits.softmax(-1), value, more_values)
-        return output.movedim(1, -2), logits.logsumexp(-1).movedim(1, -1)
 
     def fused(query, key, value, more_keys, more_values, rpb):
         return natten.neighborhood_attention_generic(
@@ -179,8 +226,12 @@ def test_the_same_as_fused(seed, backend):
     if backend == "fna":
         results = oracle.run(fused, operands)
     else:
-        with natten.use_backend(backend):
-            results = oracle.run(halves, operands)
+
+        def unfused(*tensors):
+            output, lse = halves(problem, backend)(*oracle_unfused.heads_first(tensors))
+            return output.movedim(1, -2), lse.movedim(1, -1)
+
+        results = oracle.run(unfused, operands)
     oracle.assert_as_good_as_dense(results, exact, lossy, torch.float32)
 
 
@@ -266,12 +317,15 @@ def test_no_copies(monkeypatch):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty(backend):
-    query = torch.randn(0, 4, 5, 6, 8, requires_grad=True)
-    rpb = torch.randn(4, 5, 5, requires_grad=True)
+    trainable = backend in TRAINABLE
+    query = torch.randn(0, 4, 5, 6, 8, requires_grad=trainable)
+    rpb = torch.randn(4, 5, 5, requires_grad=trainable)
     attn = na2d_qk(query, query, 3, rpb=rpb, backend=backend)
     assert attn.shape == (0, 4, 5, 6, 9)
     output = na2d_av(attn, query, 3, backend=backend)
     assert output.shape == query.shape
+    if not trainable:
+        return
     gradients = torch.autograd.grad(output.sum(), (query, rpb))
     assert gradients[0].shape == query.shape
     assert (gradients[1] == 0).all()

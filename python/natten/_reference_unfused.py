@@ -40,7 +40,8 @@ def _on_grid(parts: list[Tensor], like: Tensor, width: int) -> Tensor:
     shape = (*like.shape[:-1], width)
     if not parts:
         return like.new_zeros(shape)
-    return torch.cat(parts, dim=1).flatten(2, 3).transpose(1, 2).reshape(shape).to(like.dtype)
+    on_grid = torch.cat(parts, dim=1).flatten(2, 3).transpose(1, 2).reshape(shape)
+    return on_grid.to(like.dtype).contiguous()
 
 
 def _windows(queries: Tensor, head_dim: int, flat_axes: tuple[int, ...]) -> Iterator[_Chunk]:
@@ -92,7 +93,7 @@ def av_transposed(weights: Tensor, x: Tensor, flat_axes: tuple[int, ...], heads_
         )
         total = chunk.scatter(total, part)
     shape = (x.shape[0], heads_kv, *key_grid, x.shape[-1])
-    return total.transpose(1, 2).reshape(shape).to(x.dtype)
+    return total.transpose(1, 2).reshape(shape).to(x.dtype).contiguous()
 
 
 def rpb_gradient(weights: Tensor, flat_axes: tuple[int, ...]) -> Tensor:

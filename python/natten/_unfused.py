@@ -290,9 +290,11 @@ def _differentiable(function: Any, op: Any, tensors: int) -> Callable[..., Any]:
             for t in arguments[:tensors]
         ]
         primals, tangents = zip(*pairs, strict=True)
-        settings = arguments[tensors:]
-        output = op(*primals, *settings)
-        return forward_ad.make_dual(output, function.tangent(primals, tangents, *settings))  # type: ignore[no-untyped-call]
+        # Recorded with its tensors as they are: a gradient of theirs has a tangent, too.
+        with forward_ad._set_fwd_grad_enabled(False):
+            output = _record(function, op, arguments)
+        tangent = function.tangent(primals, tangents, *arguments[tensors:])
+        return forward_ad.make_dual(output, tangent)  # type: ignore[no-untyped-call]
 
     return kernel
 

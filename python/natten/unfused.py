@@ -34,7 +34,20 @@ def _of_samples(function: Callable[..., Tensor], *tensors: Tensor | None) -> Ten
         function(*(None if sample is None else sample[None] for sample in samples))[0]
         for samples in zip(*rows, strict=True)
     ]
-    return torch.nested.as_nested_tensor(results, layout=present[0].layout)
+    return _nested(results, present[0])
+
+
+def _nested(samples: list[Tensor], like: Any) -> Tensor:
+    """The nested tensor of samples; where they are as long as those of `like`, one that torch can add to it, say."""
+    if like.layout is torch.jagged and like.lengths() is None:
+        dim = like._ragged_idx
+        if all(
+            a.shape[dim - 1] == b.shape[dim - 1]
+            for a, b in zip(samples, like.unbind(), strict=True)
+        ):
+            values = torch.cat(samples, dim - 1)
+            return torch.nested.nested_tensor_from_jagged(values, like.offsets(), jagged_dim=dim)
+    return torch.nested.as_nested_tensor(samples, layout=like.layout)
 
 
 def _is_nested(*tensors: Tensor | None) -> bool:
