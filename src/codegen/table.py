@@ -126,7 +126,7 @@ ROWS = (
     ),
     *(
         Row("gemm", op, dtype, isa, max_head_dim=512)
-        for isa, op, dtype in product(ISAS, ("qk", "av"), ("f32", "bf16", "f16"))
+        for isa, op, dtype in product(ISAS, UNFUSED_OPS, ("f32", "bf16", "f16"))
     ),
     *(
         Row("naive", op, dtype, BASELINE, max_head_dim=ANY_HEAD_DIM)

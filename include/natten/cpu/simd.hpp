@@ -104,43 +104,60 @@ NATTEN_INLINE void store_vec(Float16* p, Vec v) {
 #endif
 }
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
-NATTEN_INLINE __m256i first_lanes(int n) { return (__m256i)(IntVec{0, 1, 2, 3, 4, 5, 6, 7} < n); }
-#endif
-
-// The first n < kLanes elements, and zeros; nothing behind them is touched. A masked access where the ISA has one: a
+// Only the chosen lanes (all bits set) of memory are touched; the others are zero. A masked access where the ISA has one: a
 // memcpy of n bytes is a call.
 template <class Storage>
-NATTEN_INLINE Vec load_first(Storage const* p, int n) {
+NATTEN_INLINE Vec load_where(IntVec lanes, Storage const* p) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(Storage) == 4) return _mm512_maskz_loadu_ps((1u << n) - 1u, p);
-  __m256i const halves = _mm256_maskz_loadu_epi16((1u << n) - 1u, p);
+  __mmask16 const mask = _mm512_movepi32_mask((__m512i)lanes);
+  if constexpr (sizeof(Storage) == 4) return _mm512_maskz_loadu_ps(mask, p);
+  __m256i const halves = _mm256_maskz_loadu_epi16(mask, p);
   return load_vec(reinterpret_cast<Storage const*>(&halves));
 #else
 #if defined(__AVX2__)
-  if constexpr (sizeof(Storage) == 4) return _mm256_maskload_ps(p, first_lanes(n));
+  if constexpr (sizeof(Storage) == 4) return _mm256_maskload_ps(p, (__m256i)lanes);
 #endif
   Storage padded[kLanes] = {};
-  std::memcpy(padded, p, n * sizeof(Storage));
+  for (int l = 0; l < kLanes; ++l) {
+    if (lanes[l]) padded[l] = p[l];
+  }
   return load_vec(padded);
 #endif
 }
 
 template <class Storage>
-NATTEN_INLINE void store_first(Storage* p, Vec v, int n) {
+NATTEN_INLINE void store_where(IntVec lanes, Storage* p, Vec v) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(Storage) == 4) return _mm512_mask_storeu_ps(p, (1u << n) - 1u, v);
+  __mmask16 const mask = _mm512_movepi32_mask((__m512i)lanes);
+  if constexpr (sizeof(Storage) == 4) return _mm512_mask_storeu_ps(p, mask, v);
   __m256i halves;
   store_vec(reinterpret_cast<Storage*>(&halves), v);
-  _mm256_mask_storeu_epi16(p, (1u << n) - 1u, halves);
+  _mm256_mask_storeu_epi16(p, mask, halves);
 #else
 #if defined(__AVX2__)
-  if constexpr (sizeof(Storage) == 4) return _mm256_maskstore_ps(p, first_lanes(n), v);
+  if constexpr (sizeof(Storage) == 4) return _mm256_maskstore_ps(p, (__m256i)lanes, v);
 #endif
   Storage padded[kLanes];
   store_vec(padded, v);
-  std::memcpy(p, padded, n * sizeof(Storage));
+  for (int l = 0; l < kLanes; ++l) {
+    if (lanes[l]) p[l] = padded[l];
+  }
 #endif
+}
+
+// The first n < kLanes lanes.
+NATTEN_INLINE IntVec first_lanes(int n) {
+  IntVec lane;
+  for (int l = 0; l < kLanes; ++l) lane[l] = l;
+  return lane < n;
+}
+template <class Storage>
+NATTEN_INLINE Vec load_first(Storage const* p, int n) {
+  return load_where(first_lanes(n), p);
+}
+template <class Storage>
+NATTEN_INLINE void store_first(Storage* p, Vec v, int n) {
+  store_where(first_lanes(n), p, v);
 }
 
 // Stops the compiler from reading a value from memory again at each use.
