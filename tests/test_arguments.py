@@ -11,7 +11,7 @@ import torch
 
 import natten
 from natten import _C
-from natten._problem import Axis
+from natten._axes import Axis
 
 
 def tensors(*shape, dtype=torch.float32):

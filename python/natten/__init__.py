@@ -25,7 +25,7 @@ from natten import (
     context,
 )
 from natten._dispatch import load_kernels, use_backend
-from natten._problem import ArgumentError
+from natten._errors import ArgumentError
 from natten.context import *  # switches and queries, whose names are listed there
 from natten.functional import (
     attention,

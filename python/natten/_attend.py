@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from natten import _dispatch, _flex, _ops, _unfused
+from natten._axes import TILE_ARGUMENTS, normalize_tile_shapes
+from natten._errors import reject
 from natten._problem import (
-    TILE_ARGUMENTS,
     AvOperands,
     Operands,
     Problem,
@@ -25,8 +26,6 @@ from natten._problem import (
     normalize_av,
     normalize_dense,
     normalize_qk,
-    normalize_tile_shapes,
-    reject,
 )
 
 

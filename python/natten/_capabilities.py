@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 
 from natten import _C, _dispatch
-from natten._problem import Axis
+from natten._axes import Axis
 
 Device: TypeAlias = "torch.device | str | int | None"
 

@@ -17,7 +17,9 @@ from typing import NamedTuple
 import torch
 
 from natten import _C, _flex, _settings
-from natten._problem import AXIS_INTS, Axis, Problem, reject
+from natten._axes import AXIS_INTS, Axis
+from natten._errors import reject
+from natten._problem import Problem
 from natten._settings import NattenContext
 
 # In order of preference.
@@ -158,7 +160,7 @@ def allows_tf32(op: str) -> bool:
 
 
 def load_kernels(path: str | os.PathLike[str]) -> None:
-    """Loads a library of CUDA kernels, which then come before those of the package.
+    """Loads a library of CUDA kernels, which then come before those of the package that pad head dims as much.
 
     Such a library is built from a table of one's own (``python -m natten.build_kernels --help``).
 

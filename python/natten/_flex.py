@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from natten import _C
-from natten._problem import AXIS_INTS, Operands
+from natten._axes import AXIS_INTS
+from natten._problem import Operands
 
 _DILATION = _C.AXIS_FIELDS.index("dilation")
 _QUERY_EXTENT = _C.AXIS_FIELDS.index("query_extent")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from natten._problem import reject
+from natten._errors import reject
 
 
 def merge_attentions(

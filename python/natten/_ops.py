@@ -17,7 +17,9 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from natten import _C, _dispatch, reference
-from natten._problem import AXIS_INTS, Operands, reject
+from natten._axes import AXIS_INTS
+from natten._errors import reject
+from natten._problem import Operands
 
 # Operands without the names, which take 0.2 us to attach.
 _OperandTuple: TypeAlias = tuple[

@@ -17,8 +17,8 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from natten import _C, _dispatch, _reference_unfused
+from natten._axes import AXIS_INTS
 from natten._ops import _ABSENT, _resolve, _run, attended_pairs, library, lse_dtype
-from natten._problem import AXIS_INTS
 from natten._transforms import _below_autograd, _fold, _is_dual, _record, _unfold
 
 _KERNEL_SIZE = _C.AXIS_FIELDS.index("kernel_size")

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from natten import _attend
-from natten._problem import Operands, reject
+from natten._errors import reject
+from natten._problem import Operands
 
 
 def attention(

@@ -22,7 +22,7 @@ from natten._capabilities import (
     has_half,
     has_tf32_gemm,
 )
-from natten._problem import ArgumentError, reject
+from natten._errors import ArgumentError, reject
 from natten._settings import AutotunerContext, MemoryUsagePreference, NattenContext
 
 __all__ = [

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from natten._problem import BoolPerAxis, IntPerAxis, Operands
+from natten._axes import BoolPerAxis, IntPerAxis
+from natten._problem import Operands
 from natten.legacy import fused
 
 __all__ = ["na1d", "na2d", "na3d"]

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from natten._problem import BoolPerAxis, IntPerAxis, reject
+from natten._axes import BoolPerAxis, IntPerAxis
+from natten._errors import reject
 from natten.functional import neighborhood_attention_generic
 from natten.legacy import warn_once
 from natten.unfused import na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk

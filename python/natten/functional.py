@@ -14,8 +14,9 @@ from torch import Tensor
 
 from natten import _attend, _varlen
 from natten._attend import Explanation
+from natten._axes import BoolPerAxis, IntPerAxis, StrPerAxis
 from natten._merge import merge_attentions
-from natten._problem import BoolPerAxis, IntPerAxis, Operands, StrPerAxis
+from natten._problem import Operands
 from natten.legacy import (
     FusedNeighborhoodAttention1D,
     FusedNeighborhoodAttention2D,

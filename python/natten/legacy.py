@@ -25,7 +25,9 @@ import torch
 from torch import Tensor
 
 from natten import _attend
-from natten._problem import BoolPerAxis, IntPerAxis, Operands, reject
+from natten._axes import BoolPerAxis, IntPerAxis
+from natten._errors import reject
+from natten._problem import Operands
 from natten.unfused import na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk
 
 __all__ = [

@@ -13,12 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from natten import _attend, _dispatch
+from natten._axes import BoolPerAxis, IntPerAxis
 from natten._capabilities import has_cuda, has_gemm
+from natten._errors import reject
 from natten._ops import BACKWARD
 from natten._problem import (
     AvOperands,
-    BoolPerAxis,
-    IntPerAxis,
     Operands,
     Problem,
     QkOperands,
@@ -26,7 +26,6 @@ from natten._problem import (
     normalize,
     normalize_av,
     normalize_qk,
-    reject,
 )
 from natten._unfused import AV, AV_TRANSPOSED, QK, RPB_GRADIENT
 from natten.context import (

@@ -9,15 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from natten import _attend, _dispatch
-from natten._problem import (
-    AvOperands,
-    BoolPerAxis,
-    IntPerAxis,
-    QkOperands,
-    StrPerAxis,
-    per_axis,
-    reject,
-)
+from natten._axes import BoolPerAxis, IntPerAxis, StrPerAxis, per_axis
+from natten._errors import reject
+from natten._problem import AvOperands, QkOperands
 from natten._settings import NattenContext
 from natten.functional import neighborhood_attention_generic
 

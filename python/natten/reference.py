@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from natten import _C
-from natten._problem import AXIS_INTS, Operands
+from natten._axes import AXIS_INTS
+from natten._problem import Operands
 
 _KERNEL_SIZE = _C.AXIS_FIELDS.index("kernel_size")
 _DILATION = _C.AXIS_FIELDS.index("dilation")

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from natten import _attend
-from natten._problem import AvOperands, BoolPerAxis, IntPerAxis, QkOperands, StrPerAxis, reject
+from natten._axes import BoolPerAxis, IntPerAxis, StrPerAxis
+from natten._errors import reject
+from natten._problem import AvOperands, QkOperands
 
 __all__ = ["na1d_av", "na1d_qk", "na2d_av", "na2d_qk", "na3d_av", "na3d_qk"]
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from natten import _attend
-from natten._problem import BoolPerAxis, IntPerAxis, Operands, reject
+from natten._axes import BoolPerAxis, IntPerAxis
+from natten._errors import reject
+from natten._problem import Operands
 from natten._varlen import check_packed
 
 __all__ = ["Layout", "configure_varlen", "neighborhood_attention_varlen"]

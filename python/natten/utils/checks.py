@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from natten._axes import per_axis
 from natten._capabilities import compute_capability
-from natten._problem import per_axis, reject
+from natten._errors import reject
 
 __all__ = [
     "check_additional_keys",
