@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import warnings
@@ -12,12 +11,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 
 from natten import _C, _flex, _settings
-from natten._axes import AXIS_INTS, Axis
 from natten._errors import reject
 from natten._problem import Problem
 from natten._settings import NattenContext
@@ -37,7 +34,7 @@ _GRADIENT_OPS = {
     "qk": ("av", "av_transposed", "rpb_gradient"),
     "av": ("qk", "av_transposed"),
 }
-_FUSED_OPS = ("forward", "backward")
+FUSED_OPS = ("forward", "backward")
 # Of the GPUs that CUDA kernels are for; ROCm calls its devices "cuda" too.
 _HAS_CUDA = torch.version.cuda is not None
 # Passed to the ops by compiled graphs, which outlive the context they are traced in: whatever is in force when they run.
@@ -150,7 +147,7 @@ def allows_tf32(op: str) -> bool:
     As torch.backends.cuda.matmul says; for unfused ops a switch may say otherwise.
     """
     switch = NattenContext.is_tf32_in_gemm_na_enabled
-    if op not in _FUSED_OPS and switch is not None:
+    if op not in FUSED_OPS and switch is not None:
         return switch
     matmul = torch.backends.cuda.matmul
     precision = getattr(matmul, "fp32_precision", None)  # from torch 2.9 on
@@ -180,14 +177,12 @@ def load_kernels(path: str | os.PathLike[str]) -> None:
     forget_choices()
 
 
-# What clears the caches of choices elsewhere.
+# What clears the caches of choices.
 caches_of_choices: list[Callable[[], None]] = []
 
 
 def forget_choices() -> None:
     """Lets backends and kernels be chosen anew: there are others now, or other settings."""
-    launch.cache_clear()
-    launch_unfused.cache_clear()
     for clear in caches_of_choices:
         clear()
 
@@ -217,185 +212,11 @@ class Candidate:
         return f"{self.kernel}: {'; '.join(self.reasons) or 'can run'}"
 
 
-class Launch(NamedTuple):
-    """What the ops hand to the core; no kernel at all where there is nothing to compute."""
-
-    problem: _C.Problem
-    kernel: str | None
-    workspace_bytes: int
-
-
-@lru_cache(maxsize=1024)
-def launch(
-    op: str,
-    backend: str,
-    isa: str,
-    dtype: torch.dtype,
-    flat_axes: tuple[int, ...],
-    shapes: tuple[tuple[int, ...] | None, ...],
-    scale: float,
-    arch: int,
-    allow_tf32: bool,
-    tile_shapes: tuple[int, ...] = (),
-) -> Launch:
-    """The problem as the core sees it, and the kernel that runs `op` of it.
-
-    `shapes` are those of the operands; `tile_shapes`, if there are any, as `normalize_tile_shapes` puts them.
-
-    Raises:
-        ArgumentError: If the shapes do not fit the axes or each other: the core would read out of bounds. If the kernel
-            does not take these tiles.
-        NotImplementedError: If no kernel of the backend can run it.
-    """
-    axes = _axes(flat_axes)
-    half = len(tile_shapes) // 2
-    tile_shapes = tile_shapes[half:] if op == "backward" else tile_shapes[:half]
-    query, key, value, additional_keys, _, rpb = shapes
-    assert query is not None
-    assert key is not None
-    assert value is not None
-    batch, heads, head_dim = query[0], query[-2], query[-1]
-    heads_kv, head_dim_value = key[-2], value[-1]
-    additional = 0 if additional_keys is None else additional_keys[1]
-    keys = tuple(axis.key_extent for axis in axes)
-    fitting = (
-        (batch, *(axis.query_extent for axis in axes), heads, head_dim),
-        (batch, *keys, heads_kv, head_dim),
-        (batch, *keys, heads_kv, head_dim_value),
-        None if additional_keys is None else (batch, additional, heads_kv, head_dim),
-        None if additional_keys is None else (batch, additional, heads_kv, head_dim_value),
-        None if rpb is None else (heads, *(2 * axis.kernel_size - 1 for axis in axes)),
-    )
-    if shapes != fitting:
-        reject("shapes of the operands", shapes, f"{fitting}, by the axes {axes}")
-    problem = _C.Problem(
-        str(dtype).removeprefix("torch."),
-        flat_axes,
-        batch,
-        heads,
-        heads_kv,
-        head_dim,
-        head_dim_value,
-        additional,
-        rpb is not None,
-        scale,
-        allow_tf32,
-        tile_shapes,
-    )
-    # Dense attention to an empty sequence is the one problem without keys.
-    is_empty = 0 in query or (0 in key and additional == 0)
-    return _launch(problem, op, backend, isa, arch, is_empty, tile_shapes)
-
-
-@lru_cache(maxsize=1024)
-def launch_unfused(
-    op: str,
-    backend: str,
-    isa: str,
-    dtype: torch.dtype,
-    flat_axes: tuple[int, ...],
-    shapes: tuple[tuple[int, ...] | None, ...],
-    arch: int,
-    allow_tf32: bool,
-) -> Launch:
-    """The same for the unfused ops. `shapes`: of the tokens of queries and of keys, heads first; of weights and bias."""
-    axes = _axes(flat_axes)
-    query, key, weights, rpb = shapes
-    rows = weights if query is None else query
-    assert rows is not None
-    batch, heads = rows[:2]
-    heads_kv, head_dim = (heads, 1) if key is None else (key[1], key[-1])
-    grid = tuple(axis.query_extent for axis in axes)
-    keys = tuple(axis.key_extent for axis in axes)
-    slots = math.prod(axis.kernel_size for axis in axes)
-    fitting = (
-        None if query is None else (batch, heads, *grid, head_dim),
-        None if key is None else (batch, heads_kv, *keys, head_dim),
-        (batch, heads, *grid, slots),
-        None if rpb is None else (heads, *(2 * axis.kernel_size - 1 for axis in axes)),
-    )
-    if shapes != fitting:
-        reject("shapes of the operands", shapes, f"{fitting}, by the axes {axes}")
-    problem = _C.Problem(
-        str(dtype).removeprefix("torch."),
-        flat_axes,
-        batch,
-        heads,
-        heads_kv,
-        head_dim,
-        head_dim,
-        0,
-        rpb is not None,
-        1.0,
-        allow_tf32,
-    )
-    return _launch(problem, op, backend, isa, arch, 0 in rows)
-
-
-def _axes(flat_axes: tuple[int, ...]) -> list[Axis]:
-    return [Axis(*flat_axes[i : i + AXIS_INTS]) for i in range(0, len(flat_axes), AXIS_INTS)]
-
-
-def _launch(
-    problem: _C.Problem,
-    op: str,
-    backend: str,
-    isa: str,
-    arch: int,
-    is_empty: bool,
-    tile_shapes: tuple[int, ...] = (),
-) -> Launch:
-    rows = [
-        (kernel, (*reasons, *_switched_off(kernel.backend, op, backend)))
-        for kernel, reasons in _C.candidates(problem, op, backend, isa, arch)
-    ]
-    able = [kernel for kernel, reasons in rows if not reasons]
-    if not able:
-        found = [Candidate(kernel.backend, kernel.name, why) for kernel, why in rows]
-        raise _nothing_runs(backend, found)
-    if is_empty:
-        return Launch(problem, None, 0)
-    chosen = _with_tiles(op, tile_shapes, able).name if any(tile_shapes) else able[0].name
-    return Launch(problem, chosen, _C.workspace_bytes(problem, op, chosen, arch))
-
-
-def _with_tiles(op: str, tile_shapes: tuple[int, ...], able: list[_C.Kernel]) -> _C.Kernel:
-    """The best of the kernels that are `able` to run a problem which has tiles of these shapes.
-
-    A CUDA kernel has tiles of the numbers of tokens that it was compiled for; where the best kernel has none, shapes
-    say nothing. A backward kernel goes over its tiles twice, the second time with the roles of queries and keys
-    exchanged: there, a shape counts for the pass, or both, where it has the right number of tokens.
-    """
-    if able[0].tile == (0, 0):
-        return able[0]
-    middle = len(tile_shapes) // 2
-    shapes = tile_shapes[:middle], tile_shapes[middle:]
-    tiled = [kernel for kernel in able if kernel.tile != (0, 0)]
-
-    def takes(kernel: _C.Kernel) -> bool:
-        possible = (kernel.tile, kernel.tile[::-1]) if op == "backward" else (kernel.tile,)
-        return all(
-            not any(shape) or any(math.prod(shape) == tile[side] for tile in possible)
-            for side, shape in enumerate(shapes)
-        )
-
-    chosen = next(filter(takes, tiled), None)
-    if chosen is None:
-        prefix, conjunction = ("backward_", "or") if op == "backward" else ("", "and")
-        reject(
-            f"{prefix}q_tile_shape, {prefix}kv_tile_shape",
-            " and ".join(f"{shape}" if any(shape) else "any" for shape in shapes),
-            "boxes of as many tokens as a kernel is compiled for",
-            "; ".join(f"{k.name} has {k.tile[0]} {conjunction} {k.tile[1]}" for k in tiled),
-        )
-    return chosen
-
-
-def _switched_off(backend: str, op: str, asked: str) -> tuple[str, ...]:
+def switched_off(backend: str, op: str, asked: str) -> tuple[str, ...]:
     """Why a switch of `natten.context` keeps "auto" from a backend. Who asks for it by its name gets it."""
     if asked != "auto":
         return ()
-    if op in _FUSED_OPS:
+    if op in FUSED_OPS:
         if NattenContext.force_flex_attention and backend != "flex":
             return ("natten.force_flex_attention() was called",)
     elif backend == "gemm" and not NattenContext.is_gemm_na_enabled:
@@ -403,7 +224,8 @@ def _switched_off(backend: str, op: str, asked: str) -> tuple[str, ...]:
     return ()
 
 
-def _nothing_runs(backend: str, candidates: list[Candidate]) -> NotImplementedError:
+def nothing_runs(backend: str, candidates: list[Candidate]) -> NotImplementedError:
+    """The error for that, with the reasons of every candidate."""
     lines = "\n".join(f"  {candidate}" for candidate in candidates)
     return NotImplementedError(f"no kernel of backend {backend!r} can run this problem:\n{lines}")
 
@@ -460,7 +282,7 @@ def candidates(
     found += _without_kernels(problem, device_type, needs_grad)
     found.append(Candidate("reference", "reference"))
     return [
-        replace(c, reasons=c.reasons + _switched_off(c.backend, problem.op, backend)) for c in found
+        replace(c, reasons=c.reasons + switched_off(c.backend, problem.op, backend)) for c in found
     ]
 
 
@@ -498,7 +320,7 @@ def select(problem: Problem, needs_grad: bool, backend: str, isa: str) -> str:
     asked = [c for c in found if c.belongs_to(backend)]
     chosen = next((c for c in asked if not c.reasons), None)
     if chosen is None:
-        raise _nothing_runs(backend, asked)
+        raise nothing_runs(backend, asked)
     if is_policy(backend):
         return backend
     if backend == "auto" and chosen.backend == "reference" and problem.device.type != "cpu":

@@ -16,15 +16,11 @@ from torch._C import _AutoDispatchBelowAutograd
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from natten import _C, _dispatch, reference
+from natten import _C, _dispatch, _launch, reference
 from natten._axes import AXIS_INTS
 from natten._errors import reject
 from natten._problem import Operands
 
-# Operands without the names, which take 0.2 us to attach.
-_OperandTuple: TypeAlias = tuple[
-    Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None
-]
 Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 _OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor? additional_keys, Tensor? additional_values, Tensor? rpb"
@@ -98,37 +94,30 @@ def check_backward(
 ) -> None:
     """Raises, if the backward kernel does not take these tile shapes, before it is too late to see by whom."""
     if not torch.compiler.is_compiling() and backend != "reference":
-        _launch("backward", backend, operands, axes, scale, tile_shapes)
+        launch("backward", backend, operands, axes, scale, tile_shapes)
 
 
-def _launch(
+def launch(
     op: str,
     backend: str,
-    operands: _OperandTuple,
+    tensors: tuple[Tensor | None, ...],
     axes: tuple[int, ...],
-    scale: float,
-    tile_shapes: Sequence[int],
-) -> _dispatch.Launch:
-    query, key, value, additional_keys, additional_values, rpb = operands
-    shapes = (
-        query.shape,
-        key.shape,
-        value.shape,
-        None if additional_keys is None else additional_keys.shape,
-        None if additional_values is None else additional_values.shape,
-        None if rpb is None else rpb.shape,
-    )
+    scale: float = 1.0,
+    tile_shapes: Sequence[int] = (),
+) -> _launch.Launch:
+    """What runs `op` of these tensors, on the device where they are."""
+    like = next(tensor for tensor in tensors if tensor is not None)
     arch, allow_tf32 = 0, False
-    if not query.is_cpu:
-        arch = _dispatch.arch_of(query.device) or 0
-        allow_tf32 = query.dtype == torch.float32 and _dispatch.allows_tf32(op)
-    return _dispatch.launch(
+    if not like.is_cpu:
+        arch = _dispatch.arch_of(like.device) or 0
+        allow_tf32 = like.dtype == torch.float32 and _dispatch.allows_tf32(op)
+    return _launch.launch(
         op,
         backend,
         _dispatch.forced_isa(),
-        query.dtype,
+        like.dtype,
         axes,
-        shapes,
+        tuple([None if tensor is None else tensor.shape for tensor in tensors]),
         scale,
         arch,
         allow_tf32,
@@ -188,7 +177,7 @@ def _forward(
     flat_axes = tuple(axes)
     if backend == "reference":
         return reference.forward(Operands(*operands), flat_axes, scale)
-    problem, kernel, workspace_bytes = _launch(
+    problem, kernel, workspace_bytes = launch(
         "forward", backend, operands, flat_axes, scale, tile_shapes
     )
     output, lse = _empty_output(query, value)
@@ -275,7 +264,7 @@ def _backward(
         or output.shape[:-1] != lse.shape
     ):
         reject("output, lse and d_output", "of different grids", "those of the query")
-    problem, kernel, workspace_bytes = _launch(
+    problem, kernel, workspace_bytes = launch(
         "backward", backend, operands, flat_axes, scale, tile_shapes
     )
     if kernel is None:

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from natten import _C, _dispatch, _reference_unfused
+from natten import _C, _reference_unfused
 from natten._axes import AXIS_INTS
-from natten._ops import _ABSENT, _resolve, _run, attended_pairs, library, lse_dtype
+from natten._ops import _ABSENT, _resolve, _run, attended_pairs, launch, library, lse_dtype
 from natten._transforms import _below_autograd, _fold, _is_dual, _record, _unfold
 
 _KERNEL_SIZE = _C.AXIS_FIELDS.index("kernel_size")
@@ -60,20 +60,8 @@ def _compute(
     unused: float = 0.0,
 ) -> Tensor:
     """Writes the one of query, key and weights that the op computes, or else `written`, the bias gradient."""
-    arch, allow_tf32 = 0, False
-    if not weights.is_cpu:
-        arch = _dispatch.arch_of(weights.device) or 0
-        allow_tf32 = weights.dtype == torch.float32 and _dispatch.allows_tf32(op)
-    problem, kernel, workspace_bytes = _dispatch.launch_unfused(
-        op,
-        backend,
-        _dispatch.forced_isa(),
-        weights.dtype,
-        tuple(axes),
-        tuple(None if t is None else t.shape for t in (query, key, weights, rpb)),
-        arch,
-        allow_tf32,
-    )
+    tensors = (query, key, weights, rpb)
+    problem, kernel, workspace_bytes = launch(op, backend, tensors, tuple(axes))
     if kernel is None:
         return written.zero_()
     query_ref = key_ref = _ABSENT
