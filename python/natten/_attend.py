@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from natten import _dispatch, _flex, _ops, _unfused
+from natten import _autotune, _dispatch, _flex, _ops, _unfused
 from natten._axes import TILE_ARGUMENTS, normalize_tile_shapes
 from natten._errors import reject
 from natten._problem import (
@@ -27,6 +27,7 @@ from natten._problem import (
     normalize_dense,
     normalize_qk,
 )
+from natten._settings import AutotunerContext
 
 
 class Plan(NamedTuple):
@@ -142,6 +143,8 @@ def _run(
         settings += (tile_shapes,)
         if plan.needs_grad:
             _ops.check_backward(operands, *settings)
+    elif AutotunerContext.enabled_for_forward or AutotunerContext.enabled_for_backward:
+        settings += (_autotune.tile_shapes(problem, plan.backend, plan.needs_grad, operands),)
     return _ops.run(_ops.FORWARD, plan.needs_grad, *operands, *settings)  # type: ignore[no-any-return]
 
 
