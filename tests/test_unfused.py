@@ -18,14 +18,8 @@ from tests.oracle import FLOOR, assert_close
 
 OPS = {"qk", "av", "av_transposed", "rpb_gradient"}
 # Of the unfused ops, compiled in.
-COMPILED = tuple(dict.fromkeys(kernel.backend for kernel in _C.kernels() if kernel.op == "qk"))
+COMPILED = tuple(dict.fromkeys(kernel.backend for kernel in _C.kernels() if kernel.op in OPS))
 BACKENDS = (*COMPILED, "reference")
-# Those that have gradients.
-TRAINABLE = {
-    backend
-    for backend in BACKENDS
-    if backend == "reference" or {k.op for k in _C.kernels() if k.backend == backend} >= OPS
-}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -64,8 +58,8 @@ CASES = [
 ]
 
 
-def random(features, seed):
-    problem = random_problem(features, seed)
+def random(features, seed, large=False):
+    problem = random_problem(features, seed, large)
     whole = tuple((0, extent) for extent in problem.grid)
     problem = replace(problem, query_box=whole, key_box=whole, scale=None)
     print(f"{problem}")  # noqa: T201  # shown if the test fails
@@ -99,15 +93,13 @@ def halves(problem, backend=None):
     return function
 
 
-def run(function, tensors, at_empty=math.nan, trainable=True):
+def run(function, tensors, at_empty=math.nan):
     """The result, and the gradient of each tensor (None where there is none) for a random cotangent.
 
     The cotangent is NaN where the result is -inf: nothing may flow through there. In brute force, it would.
     """
-    inputs = [None if t is None else t.detach().requires_grad_(trainable) for t in tensors]
+    inputs = [None if t is None else t.detach().requires_grad_() for t in tensors]
     result = function(*inputs)
-    if not trainable:
-        return [result]
     generator = torch.Generator().manual_seed(0)
     cotangent = torch.randn(result.shape, generator=generator, dtype=torch.float64).to(result)
     cotangent = cotangent.masked_fill(result.detach() == -math.inf, at_empty)
@@ -121,10 +113,7 @@ def check(results, function, operands):
     dtype = operands[0].dtype
     exact = run(function, doubled(operands), at_empty=0)
     lossy = run(function, operands, at_empty=0)
-    count = len(results)
-    for i, (result, right, rough) in enumerate(
-        zip(results, exact[:count], lossy[:count], strict=True)
-    ):
+    for i, (result, right, rough) in enumerate(zip(results, exact, lossy, strict=True)):
         assert (result is None) == (right is None)
         if right is None or right.numel() == 0:
             continue
@@ -152,11 +141,7 @@ def test_qk(features, seed, backend, dtype, device):
     problem = random(features, seed)
     query, key, _, more, _, rpb = oracle_unfused.heads_first(problem.operands(dtype))
     operands = query, key, more, rpb
-    results = run(
-        lambda *t: qk(problem, *t, backend=backend),
-        on(device, operands),
-        trainable=backend in TRAINABLE,
-    )
+    results = run(lambda *t: qk(problem, *t, backend=backend), on(device, operands))
     assert results[0].dtype == dtype
     check(results, lambda *t: oracle_unfused.qk(problem, *t), operands)
 
@@ -173,14 +158,32 @@ def test_av(features, seed, backend, dtype, device):
     present = torch.nn.functional.pad(present, (0, problem.additional), value=True)
     # What slots without a key hold must not matter.
     filled = attn.masked_fill(~present, math.nan)
-    results = run(
-        lambda *t: av(problem, *t, backend=backend),
-        on(device, (filled, value, more)),
-        trainable=backend in TRAINABLE,
-    )
+    given = on(device, (filled, value, more))
+    results = run(lambda *t: av(problem, *t, backend=backend), given)
     check(results, lambda *t: oracle_unfused.av(problem, *t), (attn, value, more))
-    if backend in TRAINABLE:
-        assert (results[1].cpu()[~present.expand_as(attn)] == 0).all()
+    assert (results[1].cpu()[~present.expand_as(attn)] == 0).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_many_tiles(seed):
+    """Larger problems on two threads, against the reference in float64."""
+    problem = random((), seed, large=True)
+    query, key, value, more_keys, more_values, rpb = oracle_unfused.heads_first(
+        problem.operands(torch.float32)
+    )
+    tensors = query, key, more_keys, rpb
+    exact = run(lambda *t: qk(problem, *t, backend="reference"), doubled(tensors))
+    attn = (exact[0] * problem.head_dim**-0.5).softmax(-1).float()
+    weighted = attn, value, more_values
+    exact += run(lambda *t: av(problem, *t, backend="reference"), doubled(weighted))
+    torch.set_num_threads(2)
+    for backend in COMPILED:
+        results = run(lambda *t, b=backend: qk(problem, *t, backend=b), tensors)
+        results += run(lambda *t, b=backend: av(problem, *t, backend=b), weighted)
+        for i, (result, right) in enumerate(zip(results, exact, strict=True)):
+            if right is not None and right.numel():
+                largest = right[right.isfinite()].abs().max().item()
+                assert_close(result, right, 1e-5 * largest, f"{backend}'s result {i}")
 
 
 @pytest.mark.parametrize("op", ["qk", "av"])
@@ -204,7 +207,7 @@ def test_types_without_kernels(dtype, backend, op):
 
 
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("backend", ["fna", *(b for b in BACKENDS if b in TRAINABLE)])
+@pytest.mark.parametrize("backend", ["fna", *BACKENDS])
 def test_the_same_as_fused(seed, backend):
     problem = random(("additional",) if seed % 2 else (), 100 + seed)
     operands = problem.operands(torch.float32)
@@ -317,15 +320,12 @@ def test_no_copies(monkeypatch):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty(backend):
-    trainable = backend in TRAINABLE
-    query = torch.randn(0, 4, 5, 6, 8, requires_grad=trainable)
-    rpb = torch.randn(4, 5, 5, requires_grad=trainable)
+    query = torch.randn(0, 4, 5, 6, 8, requires_grad=True)
+    rpb = torch.randn(4, 5, 5, requires_grad=True)
     attn = na2d_qk(query, query, 3, rpb=rpb, backend=backend)
     assert attn.shape == (0, 4, 5, 6, 9)
     output = na2d_av(attn, query, 3, backend=backend)
     assert output.shape == query.shape
-    if not trainable:
-        return
     gradients = torch.autograd.grad(output.sum(), (query, rpb))
     assert gradients[0].shape == query.shape
     assert (gradients[1] == 0).all()

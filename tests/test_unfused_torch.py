@@ -18,7 +18,7 @@ from tests import oracle, oracle_unfused
 from tests.cases import random_problem
 from tests.oracle import assert_close
 from tests.test_torch import TRANSFORMS, leaves
-from tests.test_unfused import av, halves, qk, random
+from tests.test_unfused import COMPILED, av, halves, qk, random
 
 # torch's own code under compile, export and vmap warns of things that are not ours; nested tensors, of being new.
 pytestmark = pytest.mark.filterwarnings(
@@ -161,6 +161,19 @@ def test_gradcheck(features):
     ):
         assert torch.autograd.gradcheck(function, tensors, check_forward_ad=True, **fast)
         assert torch.autograd.gradgradcheck(function, tensors, check_fwd_over_rev=True, **fast)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_second_derivatives_through_float32(backend):
+    operands = leaves(heads_first(FULL, torch.float32))
+    doubles = leaves([t.double() for t in operands])
+    results = []
+    for tensors, name in ((operands, backend), (doubles, "reference")):
+        output, lse = halves(FULL, name)(*tensors)
+        gradients = torch.autograd.grad(output.sin().sum() + lse.sum(), tensors, create_graph=True)
+        results.append(torch.autograd.grad(sum(g.sin().sum() for g in gradients), tensors))
+    for result, right in zip(*results, strict=True):
+        assert_close(result, right, 1e-4 * right.abs().max().item())
 
 
 def test_tangents_of_empty_slots():
