@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench import measure, memory, overhead, report
+from bench import measure, memory, overhead, report, unfused
 from bench.cases import CASES
 from bench.measure import FORWARD, FORWARD_BACKWARD, QUICK, Effort, Row
 from bench.methods import ALTERNATIVES, DTYPES, Problem
@@ -26,10 +26,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=("problems", "overhead", "memory"),
+        choices=("problems", "unfused", "overhead", "memory"),
         default="problems",
-        help="the named problems (default), the cost of a call and of the import, or the memory of a call above "
-        "its inputs and outputs",
+        help="the named problems (default), the unfused ops one by one, the cost of a call and of the import, or the "
+        "memory of a call above its inputs and outputs",
     )
     names = [case.name for case in CASES]
     parser.add_argument("--case", nargs="+", choices=names, default=names)
@@ -69,21 +69,28 @@ def directions(arguments: argparse.Namespace) -> tuple[str, ...]:
     return (FORWARD,) if arguments.forward_only else (FORWARD, FORWARD_BACKWARD)
 
 
-def measured(arguments: argparse.Namespace) -> report.Report:
+def warn_of_load() -> None:
     busy = os.getloadavg()[0]
     if busy > 0.3:
         print(
             f"Load average is {busy:.1f}: on an idle machine, results are better.", file=sys.stderr
         )
+
+
+def effort_of(arguments: argparse.Namespace) -> Effort:
+    return QUICK if arguments.quick else Effort()
+
+
+def measured(arguments: argparse.Namespace) -> report.Report:
+    warn_of_load()
     skipped = {"flex"} if arguments.no_flex else set()
     alternatives = tuple(name for name in ALTERNATIVES if name not in skipped)
     if arguments.no_alternatives:
         alternatives = ()
-    effort = QUICK if arguments.quick else Effort()
     rows: list[Row] = []
     for problem in (bar := tqdm(problems(arguments), leave=False)):
         bar.set_description(f"{problem.case.name} {problem.dtype}")
-        rows += measure.measure(problem, directions(arguments), alternatives, effort)
+        rows += measure.measure(problem, directions(arguments), alternatives, effort_of(arguments))
     rows.sort(key=lambda row: (row.head_dim, row.dtype != "fp32", row.dtype, row.direction))
     return report.Report(report.machine(arguments.device), rows)
 
@@ -111,6 +118,18 @@ def run_problems(arguments: argparse.Namespace) -> int:
     return 1 if worse else 0
 
 
+def run_unfused(arguments: argparse.Namespace) -> int:
+    warn_of_load()
+    rows = [
+        row
+        for problem in tqdm(problems(arguments), leave=False)
+        for row in unfused.measure(problem, effort_of(arguments))
+    ]
+    render = report.as_markdown if arguments.markdown else report.as_text
+    print(report.machine("cpu"), render(unfused.HEADER, unfused.cells(rows)), sep="\n\n")
+    return 0
+
+
 def run_memory(arguments: argparse.Namespace) -> int:
     header = ("problem", "dtype", "head dim", "direction", "MB", "MB a thread")
     lines = []
@@ -134,7 +153,12 @@ def run_overhead(arguments: argparse.Namespace) -> int:
 def main() -> int:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
-    runners = {"problems": run_problems, "memory": run_memory, "overhead": run_overhead}
+    runners = {
+        "problems": run_problems,
+        "unfused": run_unfused,
+        "memory": run_memory,
+        "overhead": run_overhead,
+    }
     return runners[arguments.what](arguments)
 
 

@@ -67,7 +67,7 @@ class Row:
         return min(others) / self.seconds[OURS] if others else None
 
 
-class _Turns:
+class Turns:
     """A method's calls and their times."""
 
     def __init__(self, run: Callable[[], object], synchronize: Callable[[], None]) -> None:
@@ -95,7 +95,7 @@ class _Turns:
             spent += self.times[-1]
 
 
-def _settle_malloc() -> None:
+def settle_malloc() -> None:
     """Lets glibc keep what is freed, as it does in any process that has freed a large tensor before.
 
     In a fresh one it returns the outputs of every call to the system, and all methods measure page faults.
@@ -125,8 +125,8 @@ def measure(
         for direction in directions
     }
     synchronize = _synchronizer(problem.device)
-    _settle_malloc()
-    turns: dict[tuple[str, str], _Turns] = {}
+    settle_malloc()
+    turns: dict[tuple[str, str], Turns] = {}
     ours = build(OURS, problem)
     expected = ours.heads_last(ours.forward()())
     for method in (OURS, *alternatives):
@@ -134,7 +134,7 @@ def measure(
             try:
                 attention = build(method, problem, backward=direction == FORWARD_BACKWARD)
                 check(problem, expected, method, attention.heads_last(attention.forward()()))
-                turns[method, direction] = _Turns(_runner(attention, direction), synchronize)
+                turns[method, direction] = Turns(_runner(attention, direction), synchronize)
             except UnavailableError as reason:
                 row.missing[method] = str(reason)
     peaks = []

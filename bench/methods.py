@@ -151,13 +151,16 @@ def _seconds(attend: Callable[[Tensor, Tensor, Tensor], Tensor], operands: Opera
     return min(timed() for _ in range(3))
 
 
-def _gather(problem: Problem, backward: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def gatherer(problem: Problem, *, backward: bool) -> Callable[[Tensor], Tensor]:
+    """`[batch, heads, tokens, head_dim]` to the rows of every window, `[batch, heads, tokens, window, head_dim]`.
+
+    Raises:
+        UnavailableError: If keys and values of all windows (backward, their gradients, too) take too much memory.
+    """
     case = problem.case
     window = case.pairs // case.tokens
-    element_size = DTYPES[problem.dtype].itemsize
-    # Keys and values; backward their gradients, too.
     needed = (4 if backward else 2) * case.batch * case.heads * case.pairs
-    needed *= problem.head_dim * element_size
+    needed *= problem.head_dim * DTYPES[problem.dtype].itemsize
     if needed > _MAX_GATHER_BYTES:
         message = f"gathered tensors would take {needed / 1e9:.0f} GB"
         raise UnavailableError(message)
@@ -168,12 +171,15 @@ def _gather(problem: Problem, backward: bool) -> Callable[[Tensor, Tensor, Tenso
         outer = index[:, None, :, None] * extent + axis[None, :, None, :]
         index = outer.reshape(len(index) * extent, index.shape[1] * kernel_size)
     flat_index = index.flatten().to(problem.device)
+    return lambda rows: rows.index_select(2, flat_index).unflatten(2, (-1, window))
+
+
+def _gather(problem: Problem, backward: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    gathered = gatherer(problem, backward=backward)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        gathered_key = key.index_select(2, flat_index).unflatten(2, (-1, window))
-        gathered_value = value.index_select(2, flat_index).unflatten(2, (-1, window))
-        logits = query[..., None, :] @ gathered_key.mT * problem.head_dim**-0.5
-        return (logits.softmax(-1) @ gathered_value)[..., 0, :]
+        logits = query[..., None, :] @ gathered(key).mT * problem.head_dim**-0.5
+        return (logits.softmax(-1) @ gathered(value))[..., 0, :]
 
     return attend
 

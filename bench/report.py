@@ -68,7 +68,7 @@ HEADER = (
 )
 
 
-def _cell(value: float | None, digits: int, unit: float = 1.0) -> str:
+def cell(value: float | None, digits: int, unit: float = 1.0) -> str:
     return "-" if value is None else f"{value * unit:,.{digits}f}"
 
 
@@ -86,12 +86,12 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
             row.dtype,
             str(row.head_dim),
             row.direction,
-            _cell(row.seconds[OURS], 0, 1e6),
-            _cell(row.gflops, 1),
-            _cell(row.share_of_peak, 1, 100),
-            *(_cell(row.seconds.get(name), 0, 1e6) for name in ALTERNATIVES),
-            _cell(row.times_best, 1),
-            _cell(backward_ratio(row), 2),
+            cell(row.seconds[OURS], 0, 1e6),
+            cell(row.gflops, 1),
+            cell(row.share_of_peak, 1, 100),
+            *(cell(row.seconds.get(name), 0, 1e6) for name in ALTERNATIVES),
+            cell(row.times_best, 1),
+            cell(backward_ratio(row), 2),
         ]
         for row in rows
     ]
@@ -106,11 +106,11 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
                 str(kind[1]),
                 kind[2],
                 "",
-                _cell(_geometric_mean(row.gflops for row in alike), 1),
-                _cell(_geometric_mean(row.share_of_peak for row in alike), 1, 100),
+                cell(_geometric_mean(row.gflops for row in alike), 1),
+                cell(_geometric_mean(row.share_of_peak for row in alike), 1, 100),
                 *("" for _ in ALTERNATIVES),
-                _cell(_geometric_mean(row.times_best for row in alike), 1),
-                _cell(_geometric_mean(backward_ratio(row) for row in alike), 2),
+                cell(_geometric_mean(row.times_best for row in alike), 1),
+                cell(_geometric_mean(backward_ratio(row) for row in alike), 2),
             ]
         )
     return lines

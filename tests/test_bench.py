@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import report
+from bench import report, unfused
 from bench.cases import CASES, Case
 from bench.measure import FORWARD, FORWARD_BACKWARD, Effort, Row, measure
 from bench.methods import OURS, Problem, build, check
@@ -106,3 +106,36 @@ def test_table_goes_into_a_page(tmp_path: Path) -> None:
     cells = report.cells([_row(), backward])
     assert [line[-1] for line in cells] == ["-", "4.00"]
     assert [line[-2] for line in cells] == ["5.0", "20.0"]
+
+
+def test_unfused_methods_compute_the_same() -> None:
+    problem = Problem(SMALL, "fp32", 8)
+    mine = unfused.runs(unfused.ours(problem), problem, has_rpb=True)
+    gathered = unfused.runs(unfused.gathering(problem), problem, has_rpb=False)
+    assert set(mine) == set(unfused.OPS)
+    for op, call in gathered.items():
+        torch.testing.assert_close(mine[op](), call())
+    fused = build(OURS, problem)
+    torch.testing.assert_close(
+        unfused.heads_last(mine[FORWARD]()), fused.heads_last(fused.forward()())
+    )
+
+
+def test_unfused_ops_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.unfused.peak_flops", lambda dtype, threads: 1e12)
+    effort = Effort(rounds=1, burst=0.0, budget=0.0)
+    rows = {row.op: row for row in unfused.measure(Problem(SMALL, "fp32", 8), effort)}
+    assert tuple(rows) == unfused.OPS
+    assert rows[FORWARD].flops == SMALL.flops(8)
+    assert rows[FORWARD_BACKWARD].flops == 3 * SMALL.flops(8)
+    assert set(rows["rpb_gradient"].seconds) == {OURS}
+    assert set(rows["qk"].seconds) == {OURS, "gather"}
+    assert set(rows[FORWARD].seconds) == {OURS, "gather", "fused"}
+    assert len(unfused.cells(list(rows.values()))[0]) == len(unfused.HEADER)
+
+
+def test_the_roofline_is_the_slower_of_arithmetic_and_memory() -> None:
+    work = [unfused.Work(flops=4e9, moved=1e9), unfused.Work(flops=0, moved=3e9)]
+    row = unfused.Row("case", "fp32", 64, "op", work, peak=1e9, bandwidth=1e9, seconds={OURS: 14.0})
+    assert row.bound == pytest.approx(4 + 3)
+    assert row.bound / row.seconds[OURS] == pytest.approx(0.5)
