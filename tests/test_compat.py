@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib
 import math
 import subprocess
@@ -98,6 +99,25 @@ def test_names_are_exported():
     lazy = set(natten._LAZY) | {"context", "functional", "modules"}
     assert set(NAMES["natten"].split()) - lazy <= set(natten.__all__)
     assert set(NAMES["natten.functional"].split()) <= set(functional.__all__)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "natten.flops",
+        "natten.legacy",
+        "natten.libnatten",
+        "natten.unfused",
+        "natten.utils.checks",
+        "natten.utils.log",
+        "natten.utils.varlen",
+        "natten.varlen",
+    ],
+)
+def test_examples(module):
+    results = doctest.testmod(importlib.import_module(module))
+    assert results.attempted > 0
+    assert results.failed == 0
 
 
 def test_import_says_nothing_and_leaves_gpus_alone():

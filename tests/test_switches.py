@@ -190,6 +190,21 @@ def test_use_fused_na():
     assert torch.allclose(fused, unfused, atol=1e-6)
 
 
+def test_switches_in_compiled_functions():
+    module = natten.NeighborhoodAttention1D(16, 2, 3)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    x = torch.randn(1, 12, 16)
+    expected = compiled(x)
+    switches = (
+        lambda: natten.use_autotuner(True, True),
+        lambda: natten.use_fused_na(False),
+        lambda: natten.use_gemm_na(False),
+    )
+    for switch in switches:
+        switch()
+        assert torch.allclose(compiled(x), expected, atol=1e-6)
+
+
 def test_tf32_of_unfused_operations():
     before = torch.backends.cuda.matmul.allow_tf32
     assert _dispatch.allows_tf32("qk") is before
