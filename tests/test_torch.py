@@ -136,6 +136,11 @@ TRANSFORMS = {
     "hessian": lambda f: lambda x, rpb: hessian(f)(x[:1, :4], rpb),
     "jacrev_jacrev": lambda f: lambda x, rpb: jacrev(jacrev(f))(x[:1, :4], rpb),
     "jvp_grad": lambda f: lambda x, rpb: jvp(lambda x: grad(f)(x, rpb), (x,), (x.cos(),)),
+    "jvp_jvp": lambda f: (
+        lambda x, rpb: jvp(lambda x: jvp(lambda x: f(x, rpb), (x,), (x.cos(),)), (x,), (x.sin(),))
+    ),
+    "jacfwd_jacfwd": lambda f: lambda x, rpb: jacfwd(jacfwd(f))(x[:1, :4], rpb),
+    "jacrev_jacfwd": lambda f: lambda x, rpb: jacrev(jacfwd(f))(x[:1, :4], rpb),
     "grad_grad": lambda f: grad(lambda x, rpb: grad(f)(x, rpb).sin().sum(), (0, 1)),
     "grad_grad_grad": lambda f: grad(
         lambda x, r: grad(lambda x, r: grad(f)(x, r).sin().sum())(x, r).sin().sum(), (0, 1)

@@ -101,9 +101,14 @@ def _is_dual(*tensors: Tensor | None) -> bool:
     )
 
 
+def _is_recorded(arguments: tuple[Any, ...]) -> bool:
+    """Whether reverse mode differentiates an op of these arguments."""
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
+
+
 def _record(function: Any, op: Any, arguments: tuple[Any, ...]) -> Any:
     """Runs `function`, or `op` below autograd if there is nothing to differentiate."""
-    if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
+    if not _is_recorded(arguments):
         with _AutoDispatchBelowAutograd():
             return op(*arguments)
     if not torch._C._are_functorch_transforms_active():

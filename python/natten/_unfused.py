@@ -19,7 +19,14 @@ from torch.utils.flop_counter import register_flop_formula
 from natten import _C, _reference_unfused
 from natten._axes import AXIS_INTS
 from natten._ops import _ABSENT, _resolve, _run, attended_pairs, launch, library, lse_dtype
-from natten._transforms import _below_autograd, _fold, _is_dual, _record, _unfold
+from natten._transforms import (
+    _below_autograd,
+    _fold,
+    _is_dual,
+    _is_recorded,
+    _record,
+    _unfold,
+)
 
 _KERNEL_SIZE = _C.AXIS_FIELDS.index("kernel_size")
 _KEY_EXTENT = _C.AXIS_FIELDS.index("key_extent")
@@ -278,8 +285,8 @@ def _differentiable(function: Any, op: Any, tensors: int) -> Callable[..., Any]:
             for t in arguments[:tensors]
         ]
         primals, tangents = zip(*pairs, strict=True)
-        # Recorded with its tensors as they are: a gradient of theirs has a tangent, too.
-        with forward_ad._set_fwd_grad_enabled(False):
+        # Recorded with its dual tensors, so that gradients have tangents, too; a Function must not see that they are.
+        with forward_ad._set_fwd_grad_enabled(not _is_recorded(arguments)):
             output = _record(function, op, arguments)
         tangent = function.tangent(primals, tangents, *arguments[tensors:])
         return forward_ad.make_dual(output, tangent)  # type: ignore[no-untyped-call]
