@@ -38,11 +38,10 @@ class Av {
     int const max_tokens = chunk_tokens(2 * sizeof(Vec) + 4 * stream.key.sum.words / Math::kPerWord);
     for_each_chunk(tile, stream.box, max_tokens, Math::kPerWord, [&](Chunk const& chunk) {
       int const tokens = chunk.tokens();
-      for (int l = 0; l < kLanes; ++l) {
-        std::memset(by_lane_ + l * kLanePitch, 0, sizeof(float) * round_up(tokens, kLanes));
-      }
       for_each_run(arguments.problem, tile, chunk, [&](int lane, int r, Interval x, std::int64_t slot) {
-        load_run(by_lane_ + lane * kLanePitch + r * chunk.width + (x.begin - chunk.x), rows_[lane] + slot, x.size());
+        Interval const part = {x.begin - chunk.x, x.end - chunk.x};
+        rows_.prefetch_next(lane, slot, x.size());
+        load_run(by_lane_ + lane * kLanePitch + r * chunk.width, rows_[lane] + slot - part.begin, part, chunk.width);
       });
       lanes_to_tokens(by_lane_, tokens, weights_);
       accumulate_chunk<Math>(tile, chunk, stream.key, stream.nonfinite, weights_, state, row_);

@@ -33,11 +33,26 @@ class AvTransposed {
   }
 
  private:
+  // A position of queries on the last axis: which lanes they attend to, and where in a row their weights for token 0 would
+  // begin.
+  struct Column {
+    IntVec keep;
+    std::int64_t offset;
+  };
+
+  // Neighbouring lanes along the last axis, and where the weights of lane 0 would be, if they went on before those of the
+  // first of them.
+  struct LaneRun {
+    IntVec lanes;
+    std::int64_t offset;
+  };
+
   struct Memory {
     Interval* intervals;
     Interval* windows;
     Word* packed;
     Vec* weights;  // [token][lane]
+    Column* columns;
     float* states;  // [tile][lane][row_]
   };
 
@@ -50,13 +65,6 @@ class AvTransposed {
     bool nonfinite;
   };
 
-  // Neighbouring lanes along the last axis, and where the weights of lane 0 would be, if they went on before those of the
-  // first of them.
-  struct LaneRun {
-    IntVec lanes;
-    std::int64_t offset;
-  };
-
   Memory take_memory(Arena& arena, Schedule::Item const& item, Walk const& walk) const {
     int queries = 0;
     for (int a = 0; a < kMaxRank; ++a) queries += stream_of(item.groups[a], Side::kKey, item.block[a]).size();
@@ -65,6 +73,7 @@ class AvTransposed {
     m.windows = arena.take<Interval>(queries);
     m.packed = arena.take<Word>(token_words_ * walk.capacity());
     m.weights = arena.take<Vec>(kMaxChunkTokens);
+    m.columns = arena.take<Column>(kMaxChunkTokens);
     m.states = arena.take<float>((is_one_piece(walk) ? 1 : schedule_.tiles_per_step()) * state_floats());
     return m;
   }
@@ -107,7 +116,7 @@ class AvTransposed {
               windows, nonfinite};
           for_each_state([&](Tile const& tile, float* state) {
             if (one_piece) clear(state);
-            attend(tile, stream, memory.weights, state);
+            attend(tile, stream, memory, state);
             if (one_piece) finish(item, tile, state);
           });
           is_finished = one_piece;
@@ -121,25 +130,34 @@ class AvTransposed {
     });
   }
 
-  void attend(Tile const& tile, QueryStream const& stream, Vec* weights, float* state) const {
+  void attend(Tile const& tile, QueryStream const& stream, Memory const& memory, float* state) const {
     Interval const streamed = tile.stream[2].clipped_to(stream.box.axis[2]);
     int const max_tokens = chunk_tokens(sizeof(Vec) + 4 * stream.query.sum.words);
+    // From a weight to that of the key in the next row, or on a line in the next tile.
+    int const next = problem_.axes[1].extent > 1 ? problem_.axes[2].kernel_size : kLanes;
     for_each_chunk(tile, stream.box, max_tokens, Math::kPerWord, [&](Chunk const& chunk) {
-      Vec* out = weights;
+      for (int i = 0; i < chunk.width; ++i) {
+        int const x = chunk.x + i;
+        bool const has = streamed.contains(x);
+        memory.columns[i].keep = has ? tile.keep(x, tile.size[2]) : IntVec{};
+        memory.columns[i].offset = has ? x * stream.weights.step[2] - stream.windows[2][x].begin : 0;
+      }
+      Vec* weights = memory.weights;
       LaneRun runs[kLanes];
       for (int r = 0; r < chunk.rows; ++r) {
         int const num_runs = find_runs(tile, stream.windows, chunk.z[r], chunk.y[r], runs);
-        for (int x = chunk.x; x < chunk.x + chunk.width; ++x) {
-          Vec v = {};
-          if (streamed.contains(x)) {
-            IntVec const keep = tile.keep(x, tile.size[2]);
-            Storage const* const row = stream.weights.at(chunk.z[r], chunk.y[r], x) - stream.windows[2][x].begin;
-            for (int i = 0; i < num_runs; ++i) v += load_where(keep & runs[i].lanes, row + runs[i].offset);
+        Storage const* const row = stream.weights.at(chunk.z[r], chunk.y[r], 0);
+        for (int i = 0; i < chunk.width; ++i, ++weights) {
+          Column const& column = memory.columns[i];
+          *weights = Vec{};
+          for (int k = 0; k < num_runs; ++k) {
+            Storage const* const from = row + (column.offset + runs[k].offset);
+            __builtin_prefetch(from + next + kLanes - 1, 0, 2);
+            *weights += load_where(column.keep & runs[k].lanes, from);
           }
-          *out++ = v;
         }
       }
-      accumulate_chunk<Math>(tile, chunk, stream.query, stream.nonfinite, weights, state, row_);
+      accumulate_chunk<Math>(tile, chunk, stream.query, stream.nonfinite, memory.weights, state, row_);
     });
   }
 
@@ -152,8 +170,7 @@ class AvTransposed {
       int const slot_z = tile.position[0][l] - windows[0][z].begin;
       int const slot_y = tile.position[1][l] - windows[1][y].begin;
       std::int64_t const row = std::int64_t{slot_z} * problem_.axes[1].kernel_size + slot_y;
-      runs[count++] = {first_lanes(l + length) & ~first_lanes(l),
-                       row * problem_.axes[2].kernel_size + tile.position[2][l] - l};
+      runs[count++] = {lanes_in(l, l + length), row * problem_.axes[2].kernel_size + tile.position[2][l] - l};
     }
     return count;
   }
@@ -174,11 +191,24 @@ class AvTransposed {
   Schedule schedule_;
 };
 
+// Lanes along the last axis, as far as it goes: a query's weights for a tile are then one run, or few.
+inline void lay_lanes_along_rows(Problem& problem) {
+  int left = kLanes;
+  for (int a = kMaxRank - 1; a >= 0; --a) {
+    int const tokens = tile_side(problem.axes[a].group(0), Side::kKey).size();
+    int size = 1;
+    while (size < left && (a == 0 || size < tokens)) size *= 2;
+    problem.tiles.shape[static_cast<int>(Side::kKey)][kTileTableIndex][a] = size;
+    left /= size;
+  }
+}
+
 template <class Storage>
 void gemm_av_transposed(UnfusedArguments const& original) {
   using Math = typename MathFor<Storage>::Type;
   UnfusedArguments arguments = original;
   put_walk_axis_first(arguments.problem, arguments.query, arguments.key, arguments.weights);
+  lay_lanes_along_rows(arguments.problem);
   AvTransposed<Math>(arguments).run();
 }
 

@@ -41,8 +41,10 @@ class Qk {
       dot_rows<Math>(lanes_, stream.key.dot, chunk.token, chunk.rows, chunk.width, scores_);
       tokens_to_lanes(scores_, chunk.tokens(), by_lane_);
       for_each_run(arguments.problem, tile, chunk, [&](int lane, int r, Interval x, std::int64_t slot) {
+        if (x.empty()) return;
         float const* const from = by_lane_ + lane * kLanePitch + r * chunk.width + (x.begin - chunk.x);
         float const* const biases = bias ? bias.run(lane, chunk.z[r], chunk.y[r], x.begin) : nullptr;
+        rows_.prefetch_next(lane, slot, x.size());
         store_run(rows_[lane] + slot, from, biases, x.size());
       });
     });

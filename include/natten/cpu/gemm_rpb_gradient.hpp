@@ -7,12 +7,20 @@
 
 namespace natten::cpu::NATTEN_CPU_ISA {
 
-// table[i] += row[i], i < n; of `table`, whole vectors may be read and written.
+// table[i] += sum over rows of row[i], i < n; of `table`, whole vectors may be read and written.
 template <class Storage>
-NATTEN_INLINE void add_run(float* table, Storage const* row, int n) {
-  int c = 0;
-  for (; c + kLanes <= n; c += kLanes) store_vec(table + c, load_vec(table + c) + load_vec(row + c));
-  if (c < n) store_vec(table + c, load_vec(table + c) + load_first(row + c, n - c));
+NATTEN_INLINE void add_rows(float* table, Storage const* row, std::int64_t step, int rows, int n) {
+  for (int c = 0; c < n; c += kLanes) {
+    Vec sum = load_vec(table + c);
+    Storage const* from = row + c;
+    if (c + kLanes <= n) {
+      for (int r = 0; r < rows; ++r, from += step) sum += load_vec(from);
+    } else {
+      IntVec const lanes = first_lanes(n - c);
+      for (int r = 0; r < rows; ++r, from += step) sum += load_where(lanes, from);
+    }
+    store_vec(table + c, sum);
+  }
 }
 
 template <class Storage>
@@ -35,6 +43,8 @@ class RpbGradient {
  private:
   // Items do not depend on the number of threads, nor does the order of the sums.
   static constexpr int kCuts = 8;
+  // Queries summed in registers, where their windows move with them; their weights stay in the L1 cache meanwhile.
+  static constexpr int kQueriesAtOnce = 16;
 
   void run_item(Schedule::Item const& item, int head, float* d_rpb) const {
     std::int64_t const size = Bias::table_size(problem_);
@@ -57,13 +67,18 @@ class RpbGradient {
     for (int z = item.block[0].begin; z < item.block[0].end; ++z) {
       for (int y = item.block[1].begin; y < item.block[1].end; ++y) {
         float* const plane_of_query = table + entry(0, z) * plane + entry(1, y) * line;
-        for (int x = item.block[2].begin; x < item.block[2].end; ++x) {
+        for (int x = item.block[2].begin, next; x < item.block[2].end; x = next) {
+          int const end = min(x + kQueriesAtOnce, item.block[2].end);
+          auto const is_alike = [&](int other) {
+            return entry(2, other) == entry(2, x) && windows[2][other].size() == windows[2][x].size();
+          };
+          for (next = x + 1; next < end && is_alike(next);) ++next;
           float* const first = plane_of_query + entry(2, x);
           Storage const* const row = weights.at(z, y, x);
           for (int i = 0; i < windows[0][z].size(); ++i) {
             for (int j = 0; j < windows[1][y].size(); ++j) {
               std::int64_t const slot = (std::int64_t{i} * axes[1].kernel_size + j) * axes[2].kernel_size;
-              add_run(first + i * plane + j * line, row + slot, windows[2][x].size());
+              add_rows(first + i * plane + j * line, row + slot, weights.step[2], next - x, windows[2][x].size());
             }
           }
         }

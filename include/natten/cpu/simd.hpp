@@ -145,12 +145,14 @@ NATTEN_INLINE void store_where(IntVec lanes, Storage* p, Vec v) {
 #endif
 }
 
-// The first n < kLanes lanes.
-NATTEN_INLINE IntVec first_lanes(int n) {
+// Lanes [begin, end).
+NATTEN_INLINE IntVec lanes_in(int begin, int end) {
   IntVec lane;
   for (int l = 0; l < kLanes; ++l) lane[l] = l;
-  return lane < n;
+  return (lane >= begin) & (lane < end);
 }
+// The first n < kLanes lanes.
+NATTEN_INLINE IntVec first_lanes(int n) { return lanes_in(0, n); }
 template <class Storage>
 NATTEN_INLINE Vec load_first(Storage const* p, int n) {
   return load_where(first_lanes(n), p);

@@ -9,9 +9,9 @@
 namespace natten::cpu::NATTEN_CPU_ISA {
 
 // A chunk's weights by lane: those of lane l for the chunk's tokens are at l * kLanePitch. A row may be written beyond its
-// end by less than a vector. The odd number of cache lines spreads the lanes over the sets of the L1 cache.
-constexpr int kLanePitch = (kMaxChunkTokens / 16 + 2) * 16 + (kMaxChunkTokens / 16) % 2 * 16 + 16;
-static_assert(kLanePitch >= kMaxChunkTokens + kLanes && kLanePitch / 16 % 2 == 1, "room for a vector, and odd");
+// end by less than a vector. An odd number of cache lines spreads the lanes over the sets of the L1 cache.
+constexpr int kLanePitch = 17 * 16;
+static_assert(kLanePitch >= kMaxChunkTokens + kLanes, "room for a chunk and a vector");
 
 // by_lane[lane][token] = by_token[token][lane]
 inline void tokens_to_lanes(Vec const* by_token, int tokens, float* by_lane) {
@@ -33,20 +33,19 @@ inline void lanes_to_tokens(float const* by_lane, int tokens, Vec* by_token) {
   }
 }
 
-// Runs of slots side by side, of one lane of a query tile and one row of a chunk: visit(lane, row, x, slot), with the
-// positions of the keys on the last axis, and the slot of the first.
+// The slots of a lane of a query tile in a row of a chunk, which are side by side: visit(lane, row, x, slot), with the
+// positions of their keys on the last axis, and the slot of the first. Where a lane has none, x is empty.
 template <class Visit>
 void for_each_run(Problem const& problem, Tile const& tile, Chunk const& chunk, Visit const& visit) {
+  std::int64_t const line = problem.axes[2].kernel_size;
+  std::int64_t const plane = problem.axes[1].kernel_size * line;
   for (int l = 0; l < kLanes; ++l) {
-    if (!tile.has(l)) continue;
     Interval const z = tile.lane_interval(0, l), y = tile.lane_interval(1, l), x = tile.lane_interval(2, l);
     Interval const run = x.clipped_to({chunk.x, chunk.x + chunk.width});
-    if (run.empty()) continue;
     for (int r = 0; r < chunk.rows; ++r) {
-      if (!z.contains(chunk.z[r]) || !y.contains(chunk.y[r])) continue;
-      std::int64_t const row =
-          std::int64_t{chunk.z[r] - z.begin} * problem.axes[1].kernel_size + (chunk.y[r] - y.begin);
-      visit(l, r, run, row * problem.axes[2].kernel_size + (run.begin - x.begin));
+      bool const is_attended = z.contains(chunk.z[r]) && y.contains(chunk.y[r]);
+      std::int64_t const slot = (chunk.z[r] - z.begin) * plane + (chunk.y[r] - y.begin) * line + (run.begin - x.begin);
+      visit(l, r, is_attended ? run : Interval{run.begin, run.begin}, slot);
     }
   }
 }
@@ -63,12 +62,13 @@ NATTEN_INLINE void store_run(Storage* to, float const* from, float const* bias, 
   store_first(to + c, bias ? last + load_first(bias + c, n - c) : last, n - c);
 }
 
-// to[i] = from[i], i < n; of `to`, whole vectors are written, with zeros behind the end.
+// to[i] = from[i] for i in `part`, and 0 for the others, i < n; of `to`, whole vectors are written.
 template <class Storage>
-NATTEN_INLINE void load_run(float* to, Storage const* from, int n) {
-  int c = 0;
-  for (; c + kLanes <= n; c += kLanes) store_vec(to + c, load_vec(from + c));
-  if (c < n) store_vec(to + c, load_first(from + c, n - c));
+NATTEN_INLINE void load_run(float* to, Storage const* from, Interval part, int n) {
+  for (int c = 0; c < n; c += kLanes) {
+    bool const is_whole = part.contains(Interval{c, c + kLanes});
+    store_vec(to + c, is_whole ? load_vec(from + c) : load_where(lanes_in(part.begin - c, part.end - c), from + c));
+  }
 }
 
 // What the passes over query tiles know of the weights: the row of each lane.
@@ -77,14 +77,23 @@ class WeightRows {
  public:
   void point_to(Problem const& problem, TensorRef const& weights, TileContext const& c) {
     auto const view = query_view<Storage>(problem, weights, c.item.groups, c.item.batch, c.head);
+    next_ = c.ahead * view.step[2];
     for (int l = 0; l < kLanes; ++l) {
       if (c.tile.has(l)) rows_[l] = view.at(c.tile.position[0][l], c.tile.position[1][l], c.tile.position[2][l]);
     }
   }
   NATTEN_INLINE Storage* operator[](int lane) const { return rows_[lane]; }
+  // Asks for the same run of the next tile, in the L2 cache: no hardware prefetcher follows the rows of all lanes, and
+  // without, waiting for weights took twice as long as adding up what they weight.
+  NATTEN_INLINE void prefetch_next(int lane, std::int64_t slot, int n) const {
+    if (next_ == 0) return;
+    constexpr int kLine = 64 / static_cast<int>(sizeof(Storage));
+    for (int i = 0; i < n; i += kLine) __builtin_prefetch(rows_[lane] + next_ + slot + i, /*rw=*/0, /*locality=*/3);
+  }
 
  private:
   Storage* rows_[kLanes] = {};
+  std::int64_t next_ = 0;  // elements to the next tile's rows
 };
 
 // The forward pass that streams the same tokens as an unfused op: keys, no values, nothing additional.
