@@ -111,13 +111,14 @@ class Problem:
             arguments["key_origin"] = tuple(origin for origin, _ in self.key_box)
         return arguments
 
-    def operands(self, dtype: torch.dtype, device: str = "cpu") -> tuple[torch.Tensor | None, ...]:
+    def operands(self, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
         """Random query, key, value, additional_keys, additional_values and rpb; some None."""
+        device = torch.get_default_device()
         generator = torch.Generator().manual_seed(self.seed)
 
         def tensor(*shape: int, magnitude: float = 1.0) -> torch.Tensor:
-            numbers = torch.randn(shape, generator=generator, dtype=torch.float64) * magnitude
-            numbers = numbers.to(dtype).to(device)
+            settings = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+            numbers = (torch.randn(shape, **settings) * magnitude).to(dtype).to(device)
             if self.strided and len(shape) > 3:
                 # As a view of packed heads-first memory: [batch, heads, *grid, head_dim + 3].
                 packed = torch.nn.functional.pad(numbers.movedim(-2, 1), (1, 2))

@@ -9,21 +9,30 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests import policies
+
 pytest.register_assert_rewrite("tests.oracle")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", help="where tensors live: cpu, cuda, ...")
+    parser.addoption("--device", default="cpu", help="where tests run: cpu, or cuda")
 
 
-@pytest.fixture(scope="session")
-def device(request: pytest.FixtureRequest) -> str:
-    name: str = request.config.getoption("--device")
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cpu: runs on the CPU, whatever --device says")
     try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        pytest.skip(f"no device {name!r} here: {error}")
-    return name
+        policies.use_device(config.getoption("--device"))
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+@pytest.fixture(autouse=True)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where tensors are made unless a test says otherwise."""
+    is_marked = request.node.get_closest_marker("cpu") is not None
+    where = torch.device("cpu") if is_marked else policies.DEVICE
+    with where:
+        yield str(where)
 
 
 @pytest.fixture(autouse=True)

@@ -52,9 +52,10 @@ def axis_mask(problem: Problem, i: int) -> tuple[Tensor, Tensor, Tensor]:
         for token in range(query_origin, query_origin + query_extent)
         if is_query(extent, kernel_size, dilation, boundary, token)
     ]
-    attends = torch.zeros(len(queries), key_extent, dtype=torch.bool)
-    bias = torch.zeros(len(queries), key_extent, dtype=torch.int64)
-    counted = torch.zeros(len(queries), dtype=torch.int64)
+    # Number by number: on the CPU, wherever the tensors are.
+    attends = torch.zeros(len(queries), key_extent, dtype=torch.bool, device="cpu")
+    bias = torch.zeros(len(queries), key_extent, dtype=torch.int64, device="cpu")
+    counted = torch.zeros(len(queries), dtype=torch.int64, device="cpu")
     for row, query in enumerate(queries):
         tokens, counted[row] = window(
             extent,
@@ -76,8 +77,9 @@ def axis_mask(problem: Problem, i: int) -> tuple[Tensor, Tensor, Tensor]:
 @functools.lru_cache(maxsize=512)
 def mask(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """[query, key] whether it attends, [query, key] index into the flat bias table, [query] missing keys."""
-    attends, bias = torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1, dtype=torch.int64)
-    counted = torch.ones(1, dtype=torch.int64)
+    attends = torch.ones(1, 1, dtype=torch.bool, device="cpu")
+    bias = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
+    counted = torch.ones(1, dtype=torch.int64, device="cpu")
     for i, kernel_size in enumerate(problem.kernel_size):
         along, entries, counts = axis_mask(problem, i)
         attends = (attends[:, None, :, None] & along[:, None]).flatten(2).flatten(0, 1)
@@ -89,7 +91,7 @@ def mask(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 
 def dense(problem: Problem, operands, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Attention under the brute-force mask, every step in `dtype`. Differentiable."""
-    attends, bias, missing = mask(problem)
+    attends, bias, missing = (table.to(operands[0].device) for table in mask(problem))
     query, key, value, more_keys, more_values, rpb = (
         None if t is None else t.to(dtype or operands[0].dtype) for t in operands
     )
@@ -133,7 +135,8 @@ def run(function, operands, seed=0, with_lse=True):
     output, lse = function(*inputs)
     generator = torch.Generator().manual_seed(seed)
     cotangents = [
-        torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in (output, lse)
+        torch.randn(t.shape, generator=generator, dtype=torch.float64, device="cpu").to(t)
+        for t in (output, lse)
     ]
     # A row without keys has LSE -inf, which nobody can differentiate.
     cotangents[1] = cotangents[1].masked_fill(lse.detach() == -math.inf, 0)
@@ -172,7 +175,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str =
     error = torch.where(finite, (actual - expected).abs(), torch.where(same, 0.0, math.inf))
     error = error.nan_to_num(nan=math.inf, posinf=math.inf)
     worst = int(error.argmax())
-    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), error.shape))
+    index = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
     assert error.flatten()[worst] <= tolerance, (
         f"{what}{list(index)} = {actual[index]:.9g}, expected {expected[index]:.9g}; off by {error[index]:.3g}, "
         f"tolerance {tolerance:.3g}; {int((error > tolerance).sum())} of {error.numel()} are off"
@@ -180,7 +183,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str =
 
 
 def assert_as_good_as_dense(results, expected, dense_results, dtype: torch.dtype) -> None:
-    """Each result within twice the error of the dense computation in the same type, plus a floor."""
+    """Each result within twice the error of the dense computation in the same type, `dtype`, plus a floor."""
     for name, result, exact, lossy in zip(NAMES, results, expected, dense_results, strict=True):
         assert (result is None) == (exact is None), name
         if exact is None:

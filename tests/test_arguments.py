@@ -13,6 +13,8 @@ import natten
 from natten import _C
 from natten._axes import Axis
 
+pytestmark = pytest.mark.cpu  # messages, and choices among the CPU's kernels
+
 
 def tensors(*shape, dtype=torch.float32):
     return [torch.randn(shape).to(dtype) for _ in range(3)]

@@ -16,6 +16,8 @@ from bench.measure import FORWARD, FORWARD_BACKWARD, Effort, Row, measure
 from bench.methods import OURS, Problem, build, check
 from natten import _C
 
+pytestmark = pytest.mark.cpu
+
 SMALL = Case("small", (5, 9), (3, 4), batch=2, heads=2)
 
 

@@ -21,7 +21,10 @@ from tests import oracle, oracle_unfused
 from tests.oracle import assert_close
 from tests.test_compat import plain
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* is an old name:DeprecationWarning")
+pytestmark = [
+    pytest.mark.cpu,  # unfused ops have no CUDA kernels yet
+    pytest.mark.filterwarnings("ignore:.* is an old name:DeprecationWarning"),
+]
 
 UNFUSED_OPS = {"qk", "av", "av_transposed", "rpb_gradient"}
 # Backends that compute these with all gradients.

@@ -19,7 +19,10 @@ from tests import oracle, oracle_unfused
 from tests.cases import Problem
 from tests.oracle import assert_close
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* is an old name:DeprecationWarning")
+pytestmark = [
+    pytest.mark.cpu,  # names and signatures
+    pytest.mark.filterwarnings("ignore:.* is an old name:DeprecationWarning"),
+]
 
 # What programs written for either generation of the package ask for, by module.
 NAMES = {

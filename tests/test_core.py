@@ -18,6 +18,8 @@ import torch
 
 from natten import _C
 
+pytestmark = pytest.mark.cpu  # calls the core with addresses of the CPU
+
 ROOT = Path(__file__).parents[1]
 NOTHING = (0, 0, (0,), 0)
 SUFFIXES = {

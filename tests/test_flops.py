@@ -16,6 +16,8 @@ from natten import flops, functional
 from tests import oracle_unfused
 from tests.test_compat import GRIDS, plain
 
+pytestmark = pytest.mark.cpu
+
 BATCH, HEADS, HEAD_DIM = 2, 3, 4
 
 

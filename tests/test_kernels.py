@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Every row of the kernel table, every instruction set forced, against the reference in float64."""
+"""Every policy of the kernel table for this device, forced, against the reference in float64."""
 
 from __future__ import annotations
 
@@ -14,24 +14,20 @@ import natten
 from natten import _C
 from tests import oracle
 from tests.cases import FEATURES, NAMED, PAIRS, Problem, named_problem, random_problem
+from tests.policies import Policy, policies
 
-ROWS = [kernel for kernel in _C.kernels() if kernel.op == "forward"]
-BASELINE = "baseline"
-
-
-def dtype_of(row) -> torch.dtype:
-    return getattr(torch, row.dtypes[0])
+POLICIES = policies()
 
 
 @functools.cache
-def expectation(problem: Problem, dtype: torch.dtype):
-    """What is right, from the reference in float64, and what a dense computation makes of it in `dtype`."""
+def expectation(problem: Problem, dtype: torch.dtype, precision: torch.dtype):
+    """What is right, from the reference in float64, and what a dense computation makes of it in `precision`."""
     operands = problem.operands(dtype)
     exact = oracle.run(
         lambda *t: call(problem, t, "reference"),
         [None if t is None else t.double() for t in operands],
     )
-    return exact, oracle.run(lambda *t: oracle.dense(problem, t, dtype), operands)
+    return exact, oracle.run(lambda *t: oracle.dense(problem, t, precision), operands)
 
 
 def call(problem: Problem, operands, backend=None):
@@ -49,67 +45,65 @@ def call(problem: Problem, operands, backend=None):
     )
 
 
-@pytest.fixture(params=ROWS, ids=lambda row: row.name)
-def row(request, monkeypatch):
-    """A forward row of the table, forced."""
-    return force(request.param, monkeypatch)
+@pytest.fixture(params=POLICIES, ids=str)
+def policy(request):
+    """Kernels of the table for this device."""
+    if request.param.obstacle:
+        pytest.skip(request.param.obstacle)
+    return request.param
 
 
-def force(kernel, monkeypatch):
-    if kernel.isa != BASELINE:
-        if kernel.isa not in _C.cpu_isas():
-            pytest.skip(f"this CPU does not run {kernel.isa}")
-        monkeypatch.setenv("NATTEN_CPU_ISA", kernel.isa)
-    return kernel
-
-
-def check(problem: Problem, row) -> None:
-    dtype = dtype_of(row)
-    operands = problem.operands(dtype)
-    if max(problem.head_dim, problem.head_dim_value) <= row.max_head_dim:
-        selected = natten.explain(
-            *operands[:3],
-            backend=row.backend,
-            additional_keys=operands[3],
-            additional_values=operands[4],
-            rpb=operands[5],
-            **problem.arguments(),
-        ).selected
-        assert selected.kernel == row.name
-    exact, lossy = expectation(problem, dtype)
-    results = oracle.run(lambda *t: call(problem, t, row.backend), operands)
-    oracle.assert_as_good_as_dense(results, exact, lossy, dtype)
+def check(problem: Problem, policy: Policy) -> None:
+    """The policy's kernels, forced, against the reference; head dims are cut to what they hold."""
+    problem = replace(
+        problem,
+        head_dim=min(problem.head_dim, policy.max_head_dim),
+        head_dim_value=min(problem.head_dim_value, policy.max_head_dim),
+    )
+    operands = problem.operands(policy.dtype)
+    selected = natten.explain(
+        *operands[:3],
+        backend=policy.backend,
+        additional_keys=operands[3],
+        additional_values=operands[4],
+        rpb=operands[5],
+        **problem.arguments(),
+    ).selected
+    assert selected.kernel in policy.kernels
+    exact, lossy = expectation(problem, policy.dtype, policy.precision)
+    results = oracle.run(lambda *t: call(problem, t, policy.backend), operands)
+    oracle.assert_as_good_as_dense(results, exact, lossy, policy.precision)
 
 
 @pytest.mark.parametrize("feature", FEATURES)
-def test_feature(feature, row):
-    check(random_problem((feature,), 0), row)
+def test_feature(feature, policy):
+    check(random_problem((feature,), 0), policy)
 
 
-# All pairs in float32; a third of them in the other types, not the same third for each instruction set.
-PAIRS_OF_ROWS = [
-    pytest.param(pair, row, id=f"{'-'.join(pair)}-{row.name}")
+# All pairs in float32; a third of them in the other types, not the same third for each policy.
+PAIRS_OF_POLICIES = [
+    pytest.param(pair, policy, id=f"{'-'.join(pair)}-{policy}")
     for i, pair in enumerate(PAIRS)
-    for j, row in enumerate(ROWS)
-    if dtype_of(row) == torch.float32 or i % 3 == j % 3
+    for j, policy in enumerate(POLICIES)
+    if policy.dtype == torch.float32 or i % 3 == j % 3
 ]
 
 
-@pytest.mark.parametrize(("pair", "row"), PAIRS_OF_ROWS, indirect=["row"])
-def test_pair_of_features(pair, row):
-    check(random_problem(pair, 1), row)
+@pytest.mark.parametrize(("pair", "policy"), PAIRS_OF_POLICIES, indirect=["policy"])
+def test_pair_of_features(pair, policy):
+    check(random_problem(pair, 1), policy)
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_anything_by_several_threads(seed, row):
+def test_anything_by_several_threads(seed, policy):
     torch.set_num_threads(2 + seed % 2)
-    check(random_problem((), seed), row)
+    check(random_problem((), seed), policy)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(3))
-def test_anything_large(rank, seed, row):
-    check(random_problem((f"rank{rank}",), seed, large=True), row)
+def test_anything_large(rank, seed, policy):
+    check(random_problem((f"rank{rank}",), seed, large=True), policy)
 
 
 @pytest.mark.parametrize("case", NAMED, ids=lambda case: case.name)
@@ -130,24 +124,25 @@ def test_named_problem(case, dtype):
             oracle.assert_close(result, right, bound, name)
 
 
-# The large ones on the best instruction set only.
-HEAD_DIMS_OF_ROWS = [
-    pytest.param(head_dim, row, id=f"{head_dim}-{row.name}")
+# On a CPU, the large ones on the best instruction set only.
+LIMITED = {f"fna:{isa}" for isa in _C.cpu_isas()[1:]}
+HEAD_DIMS_OF_POLICIES = [
+    pytest.param(head_dim, policy, id=f"{head_dim}-{policy}")
     for head_dim in (1, 2, 7, 15, 16, 17, 31, 33, 63, 64, 65, 96, 127, 128, 160, 256, 511, 512)
-    for row in ROWS
-    if head_dim <= 64 or row.isa in (BASELINE, *_C.cpu_isas()[:1])
+    for policy in POLICIES
+    if head_dim <= (64 if policy.backend in LIMITED else policy.max_head_dim)
 ]
 
 
-@pytest.mark.parametrize(("head_dim", "row"), HEAD_DIMS_OF_ROWS, indirect=["row"])
-def test_head_dim(head_dim, row):
+@pytest.mark.parametrize(("head_dim", "policy"), HEAD_DIMS_OF_POLICIES, indirect=["policy"])
+def test_head_dim(head_dim, policy):
     problem = replace(
         random_problem(("rank2", "rpb", "additional"), 5),
         head_dim=head_dim,
         head_dim_value=max(1, 512 - head_dim) if head_dim % 2 else head_dim,
         magnitude=1.0,
     )
-    check(problem, row)
+    check(problem, policy)
 
 
 def test_beyond_the_largest_head_dim():
@@ -158,26 +153,27 @@ def test_beyond_the_largest_head_dim():
     oracle.assert_close(natten.na1d(x, x, x, 3), expected, 1e-5)
 
 
-def test_huge_logits(row):
+def test_huge_logits(policy):
     problem = replace(random_problem(("rank2", "zeros"), 11), magnitude=1e4, scale=1.0, head_dim=16)
-    operands = problem.operands(dtype_of(row))
-    output, lse = call(problem, operands, row.backend)
+    operands = problem.operands(policy.dtype)
+    output, lse = call(problem, operands, policy.backend)
     assert output.isfinite().all()
     _, expected_lse = call(
         problem, [None if t is None else t.double() for t in operands], "reference"
     )
     largest = expected_lse[expected_lse.isfinite()].abs().max().item()
-    oracle.assert_close(lse, expected_lse, 1e-5 * largest, "lse")
+    rounding = 1e-5 if policy.precision == policy.dtype else torch.finfo(policy.precision).eps
+    oracle.assert_close(lse, expected_lse, rounding * largest, "lse")
 
 
-def test_bitwise_repeatable(row):
+def test_bitwise_repeatable(policy):
     """Forward and backward are deterministic, and do not depend on the number of threads."""
     problem = random_problem(("rank2", "gqa", "rpb", "additional"), 3)
-    operands = problem.operands(dtype_of(row))
+    operands = problem.operands(policy.dtype)
     runs = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        runs.append(oracle.run(lambda *t: call(problem, t, row.backend), operands))
+        runs.append(oracle.run(lambda *t: call(problem, t, policy.backend), operands))
     for name, *results in zip(oracle.NAMES, *runs, strict=True):
         for result in results[1:]:
             assert (result is None) == (results[0] is None)
@@ -196,8 +192,8 @@ POISONS = pytest.mark.parametrize(
 
 
 @POISONS
-def test_poison_stays_where_it_belongs(poison, which, place, row):
-    check_poison(row.backend, dtype_of(row), poison, which, place)
+def test_poison_stays_where_it_belongs(poison, which, place, policy):
+    check_poison(policy.backend, policy.dtype, poison, which, place)
 
 
 @POISONS
@@ -281,7 +277,7 @@ def test_a_wrong_kernel_is_noticed(which, monkeypatch):
         key_box=((0, 30),),
     )
     operands = problem.operands(torch.float32)
-    exact, lossy = expectation(problem, torch.float32)
+    exact, lossy = expectation(problem, torch.float32, torch.float32)
     results = oracle.run(lambda *t: call(problem, t), operands)
     oracle.assert_as_good_as_dense(results, exact, lossy, torch.float32)
     if which == 2:

@@ -11,6 +11,8 @@ import torch
 
 import natten
 
+pytestmark = pytest.mark.cpu  # of the streams of the CPU's kernels
+
 CASES = {
     # The window alone is larger than what is packed at a time: pieces, with a state per tile.
     "pieces-1d": {"grid": (1500,), "kernel_size": 1200},

@@ -16,6 +16,8 @@ import torch
 import natten
 from natten import _C
 
+pytestmark = pytest.mark.cpu  # its kernels run there
+
 ROOT = Path(__file__).parents[1]
 CURRENT = "natten::cuda::kAbiVersion"
 

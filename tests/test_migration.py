@@ -13,7 +13,10 @@ PAGE = (Path(__file__).parents[1] / "docs" / "migration.md").read_text()
 THERE, NOT_THERE = PAGE.split("## What is not there")
 NAME = re.compile(r"`(natten(?:\.\w+)+)")
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* is an old name:DeprecationWarning")
+pytestmark = [
+    pytest.mark.cpu,  # names
+    pytest.mark.filterwarnings("ignore:.* is an old name:DeprecationWarning"),
+]
 
 
 def find(name: str) -> object:

@@ -17,6 +17,8 @@ import torch
 import natten
 from natten import _C
 
+pytestmark = pytest.mark.cpu
+
 
 def test_exports():
     for name in natten.__all__:

@@ -11,6 +11,8 @@ import torch
 import natten
 from natten import _C
 
+pytestmark = pytest.mark.cpu  # asks about devices without being on them
+
 # What the architectures are good for: the policy that float16, bfloat16 and float32 (without and with TF32) run with.
 POLICIES = {
     **dict.fromkeys((50, 52, 53, 60, 61, 62), ("Sm50", "Sm50", "Sm50", "Sm50")),

@@ -12,6 +12,8 @@ import natten
 from natten import _dispatch, functional
 from natten.context import AutotunerContext, MemoryUsagePreference, NattenContext
 
+pytestmark = pytest.mark.cpu
+
 
 @pytest.fixture(autouse=True)
 def untouched():

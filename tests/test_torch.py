@@ -484,7 +484,7 @@ def test_meta_and_fake_tensors():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype):
     operands = FULL.operands(torch.float32)
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(torch.get_default_device().type, dtype=dtype):
         output, lse = call(FULL, leaves(operands))
         half_key = call(FULL, [operands[0], operands[1].to(dtype), *operands[2:]])[0]
     assert output.dtype == dtype
@@ -493,7 +493,7 @@ def test_autocast(dtype):
     assert torch.equal(output, expected)
     assert torch.equal(half_key, expected)
     inputs = leaves(operands)
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(torch.get_default_device().type, dtype=dtype):
         output = call(FULL, inputs)[0]
     for gradient, tensor in zip(torch.autograd.grad(output.sum(), inputs), inputs, strict=True):
         assert gradient.dtype == tensor.dtype
@@ -501,14 +501,14 @@ def test_autocast(dtype):
 
 def test_autocast_leaves_float64_alone():
     operands = FULL.operands(torch.float64)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         assert call(FULL, operands)[0].dtype == torch.float64
 
 
 def test_autocast_of_attention_and_of_a_module():
     x = torch.randn(1, 8, 2, 16)
     module = natten.NeighborhoodAttention1D(32, 2, 3, rel_pos_bias=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         assert natten.attention(x, x, x).dtype == torch.bfloat16
         assert module(x.flatten(-2)).dtype == torch.bfloat16
 
@@ -550,6 +550,7 @@ def test_flops():
 # Threads and processes --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.cpu
 def test_the_number_of_threads_is_obeyed(monkeypatch):
     asked = []
     original = _C.forward
@@ -598,6 +599,7 @@ class Loaded(torch.utils.data.Dataset):
         return natten.na1d(x, x, x, 5)
 
 
+@pytest.mark.cpu
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_data_loader_workers():
     torch.set_num_threads(2)
@@ -611,6 +613,7 @@ def test_data_loader_workers():
     oracle.assert_close(batch, expected, 1e-6)
 
 
+@pytest.mark.cpu
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_fork_with_several_threads():
     """A forked child whose parent used the OpenMP pool does not hang, even if it asks for threads."""

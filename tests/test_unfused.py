@@ -16,6 +16,8 @@ from tests import oracle, oracle_unfused
 from tests.cases import random_problem
 from tests.oracle import FLOOR, assert_close
 
+pytestmark = pytest.mark.cpu  # unfused ops have no CUDA kernels yet
+
 OPS = {"qk", "av", "av_transposed", "rpb_gradient"}
 # Of the unfused ops, compiled in.
 COMPILED = tuple(dict.fromkeys(kernel.backend for kernel in _C.kernels() if kernel.op in OPS))

@@ -13,6 +13,8 @@ import torch
 from natten import _C
 from tests.cases import FEATURES, PAIRS, Problem, random_problem
 
+pytestmark = pytest.mark.cpu  # calls the core with addresses of the CPU
+
 OPS = ("qk", "av", "av_transposed", "rpb_gradient")
 ROWS = [kernel for kernel in _C.kernels() if kernel.op in OPS]
 BASELINE = "baseline"

@@ -21,11 +21,14 @@ from tests.test_torch import TRANSFORMS, leaves
 from tests.test_unfused import COMPILED, av, halves, qk, random
 
 # torch's own code under compile, export and vmap warns of things that are not ours; nested tensors, of being new.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning:torch",
-    "ignore::FutureWarning:torch",
-    "ignore:The PyTorch API of nested tensors:UserWarning",
-)
+pytestmark = [
+    pytest.mark.cpu,  # unfused ops have no CUDA kernels yet
+    pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning:torch",
+        "ignore::FutureWarning:torch",
+        "ignore:The PyTorch API of nested tensors:UserWarning",
+    ),
+]
 
 FULL = random(("rank2", "rpb", "additional", "gqa", "zeros"), 1)
 FULL = replace(FULL, head_dim=8, head_dim_value=8, magnitude=1.0, strided=False, batch=2)

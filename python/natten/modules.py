@@ -105,7 +105,8 @@ class _NeighborhoodAttention(nn.Module):
             )
         if x.shape[-1] != self.qkv.in_features:
             reject(f"{type(self).__name__}: x.shape[-1]", x.shape[-1], f"{self.qkv.in_features}")
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        # Not by unflatten, which torch.compile cannot trace under torch.set_default_device.
+        qkv = self.qkv(x).view(*x.shape[:-1], 3, self.num_heads, self.head_dim)
         query, key, value = qkv.unbind(-3)
         drops = self.training and self.attn_drop_rate > 0
         weights: Tensor | None = None

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: MIT
+"""What the kernel table has for a device, so that tests force all of it: instruction sets of a CPU, policies of a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+import natten
+from natten import _C, _dispatch
+
+# Where tests run that are not marked `cpu`: pytest's option --device.
+DEVICE = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Kernels of one policy and data type, which a backend's name forces.
+
+    Attributes:
+        backend: That name, such as "fna:x86-64-v3" or "fna:Sm80".
+        kernels: Those of the forward pass.
+        max_head_dim: Of the largest of them.
+        precision: Type with as many digits as the products have: that of the tensors, but for TF32 float16.
+        obstacle: Why none of them can run here; empty: they can.
+    """
+
+    backend: str
+    dtype: torch.dtype
+    kernels: tuple[str, ...]
+    max_head_dim: int
+    precision: torch.dtype
+    obstacle: str
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{str(self.dtype).removeprefix('torch.')}".replace(":", "-")
+
+
+def policies(where: str = "") -> list[Policy]:
+    """Of the table for "cpu", "cuda" or "emulation" (by default, of the device that tests run on)."""
+    where = where or DEVICE.type
+    groups: dict[tuple[str, str], list[_C.Kernel]] = {}
+    for kernel in _C.kernels(where):
+        if kernel.op == "forward":
+            name = f"{kernel.backend}:{kernel.isa}"
+            groups.setdefault((name, kernel.dtypes[0]), []).append(kernel)
+    return [_policy(backend, dtype, rows, where) for (backend, dtype), rows in groups.items()]
+
+
+def _policy(backend: str, dtype: str, rows: list[_C.Kernel], where: str) -> Policy:
+    problem = _C.Problem(dtype, (8, 3, 1, 1, 0, 0, 0, 0, 8, 0, 8), 1, 1, 1, 8, 8, 0, False, 1.0)
+    arch = _dispatch.arch_of(DEVICE) if where == "cuda" else 0
+    names = tuple(kernel.name for kernel in rows)
+    found = _C.candidates(problem, "forward", backend, "", arch)
+    reasons = [why for kernel, why in found if kernel.name in names]
+    return Policy(
+        backend=backend,
+        dtype=getattr(torch, dtype),
+        kernels=names,
+        max_head_dim=max(kernel.max_head_dim for kernel in rows),
+        precision=torch.float16 if rows[0].is_tf32 else getattr(torch, dtype),
+        obstacle="" if [] in reasons else f"{names[0]} {'; '.join(reasons[0])}",
+    )
+
+
+def use_device(name: str) -> None:
+    """Makes `name` the device that tests run on.
+
+    Raises:
+        ValueError: If there is no such device here, or, on a GPU, no kernel to test.
+    """
+    global DEVICE
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        message = f"--device {name}: torch {torch.__version__} has no such device here: {error}"
+        raise ValueError(message) from error
+    if device.type == "cuda" and not natten.has_cuda():
+        message = f"--device {name}: this natten was built without CUDA kernels (NATTEN_CUDA)"
+        raise ValueError(message)
+    DEVICE = device
