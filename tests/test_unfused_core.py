@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -277,3 +278,44 @@ def test_nothing_to_compute(extents, row: _C.Kernel) -> None:
         *((5,), (3,), (1,), (1,), (False,), ("shift",), (0,)), (queries,), (keys,), batch=batch
     )
     Call(problem, dtype_of(row), 0).check(row.name, row.op)
+
+
+def some_rows(wanted: Callable[[_C.Kernel], bool]) -> pytest.MarkDecorator:
+    rows = [row for row in ROWS if wanted(row)]
+    return pytest.mark.parametrize("row", rows, ids=lambda row: row.name, indirect=True)
+
+
+# With 512 channels, scratch memory holds 2048 tokens of the side that is streamed.
+@some_rows(lambda row: row.backend == "gemm" and row.op != "rpb_gradient")
+def test_streams_that_do_not_fit_are_cut(row: _C.Kernel) -> None:
+    few, many = (700, 20), (0, 2200)
+    boxes = (many, few) if row.op == "av_transposed" else (few, many)
+    problem = Problem(
+        *((2200,), (2200,), (1,), (1,), (False,), ("mask",), (0,)),
+        *((box,) for box in boxes),
+        heads=2,
+        heads_kv=1,
+        head_dim=512,
+    )
+    check(problem, row)
+
+
+@some_rows(lambda row: row.op in ("av", "av_transposed"))
+def test_infinities_reach_whom_they_concern(row: _C.Kernel) -> None:
+    """A token that is infinite counts for those who attend to it, and 0 times it for nobody."""
+    call = Call(random_problem(("rank2", "even"), 3), dtype_of(row), 0)
+    tokens, attended = (
+        (call.key, call.pairs.attended) if row.op == "av" else (call.query, call.pairs.attended.T)
+    )
+
+    def result() -> torch.Tensor:
+        return call.run(row.name, row.op, 0.0, has_rpb=False, num_threads=1).flatten(2, -2)
+
+    finite = result()
+    number = attended.shape[1] // 2
+    tokens.flatten(2, -2)[:, :, number] = math.inf
+    concerned = attended[:, number]
+    assert 0 < concerned.sum() < len(concerned)
+    found = result()
+    assert not found[:, :, concerned].isfinite().any()
+    torch.testing.assert_close(found[:, :, ~concerned], finite[:, :, ~concerned])
