@@ -303,7 +303,12 @@ def test_streams_that_do_not_fit_are_cut(row: _C.Kernel) -> None:
 @some_rows(lambda row: row.op in ("av", "av_transposed"))
 def test_infinities_reach_whom_they_concern(row: _C.Kernel) -> None:
     """A token that is infinite counts for those who attend to it, and 0 times it for nobody."""
-    call = Call(random_problem(("rank2", "even"), 3), dtype_of(row), 0)
+    grid = (9, 40)
+    whole = tuple((0, extent) for extent in grid)
+    problem = Problem(
+        *(grid, (3, 4), (1, 1), (1, 1), (False, False), ("shift", "mask"), (0, 0), whole, whole)
+    )
+    call = Call(problem, dtype_of(row), 0)
     tokens, attended = (
         (call.key, call.pairs.attended) if row.op == "av" else (call.query, call.pairs.attended.T)
     )
