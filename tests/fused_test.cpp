@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The fused kernels of this machine against the naive ones, on random problems. For machines without torch, such as the
-// emulated one that `make aarch64` runs it on.
+// The SIMD kernels of this machine, fused and unfused, against the naive ones, on random problems. For machines without
+// torch, such as the emulated one that `make aarch64` runs it on.
 #include <cstdio>
 #include <stdexcept>
 #include <string>
@@ -21,6 +21,8 @@ Kernel const& kernel_of(std::string const& backend, Op op, Problem const& proble
   throw std::runtime_error("no kernel of " + backend + " for " + isa);
 }
 
+int slots_of(Problem const& p) { return p.axes[0].kernel_size * p.axes[1].kernel_size * p.axes[2].kernel_size; }
+
 void run(std::string const& backend, std::string const& isa, Problem const& p, Inputs const& inputs,
          Inputs const& cotangents, Results& results) {
   ForwardArguments f = forward_arguments(p, inputs, results);
@@ -29,6 +31,30 @@ void run(std::string const& backend, std::string const& isa, Problem const& p, I
   BackwardArguments b = backward_arguments(p, inputs, cotangents, results);
   b.num_threads = f.num_threads;
   kernel_of(backend, Op::kBackward, p, isa).backward(b);
+}
+
+// What an unfused op computes.
+Array run_unfused(std::string const& backend, std::string const& isa, Problem const& p, Op op, Inputs const& inputs,
+                  Array const& weights) {
+  Shapes const shapes(p);
+  auto const result_of = [&] {
+    if (op == Op::kQk) return shapes.of_query(slots_of(p), Array::Fill::kNan);
+    if (op == Op::kAv) return shapes.of_query(p.head_dim, Array::Fill::kNan);
+    if (op == Op::kAvTransposed) return shapes.of_key(p.head_dim, Array::Fill::kNan);
+    return shapes.of_bias(Array::Fill::kNan);
+  };
+  Array result = result_of();
+  UnfusedArguments a;
+  a.problem = p;
+  a.query = op == Op::kAv ? result.ref() : inputs.query.ref();
+  a.key = op == Op::kAvTransposed ? result.ref() : inputs.key.ref();
+  a.weights = op == Op::kQk ? result.ref() : weights.ref();
+  if (p.has_rpb && op == Op::kQk) a.rpb = inputs.rpb.ref().data;
+  if (op == Op::kRpbGradient) a.d_rpb = result.ref().data;
+  a.unused = -1;
+  a.num_threads = 2;
+  kernel_of(backend, op, p, isa).unfused(a);
+  return result;
 }
 
 bool agree(Problem const& p, std::string const& isa) {
@@ -41,12 +67,18 @@ bool agree(Problem const& p, std::string const& isa) {
   // Both round once to the storage type; the fused kernels may round weights to it as well.
   double const tolerance = p.dtype == DType::kFloat32 ? 1e-4 : p.dtype == DType::kFloat16 ? 2e-2 : 1e-1;
   bool all = true;
-  compare_results(p, fused, naive, [&](char const* name, Array const& a, Array const& b) {
+  auto const compare = [&](char const* name, Array const& a, Array const& b) {
     double const difference = a.difference(b);
     if (difference <= tolerance) return;
     std::fprintf(stderr, "%s: %s off by %g\n", dtype_name(p.dtype).c_str(), name, difference);
     all = false;
-  });
+  };
+  compare_results(p, fused, naive, compare);
+  Array const weights = shapes.of_query(slots_of(p), Array::Fill::kRandom);
+  for (Op op : {Op::kQk, Op::kAv, Op::kAvTransposed, Op::kRpbGradient}) {
+    compare(op_name(op).c_str(), run_unfused("gemm", isa, p, op, inputs, weights),
+            run_unfused("naive", isa, p, op, inputs, weights));
+  }
   return all;
 }
 

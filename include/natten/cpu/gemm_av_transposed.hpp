@@ -134,7 +134,7 @@ class AvTransposed {
     Interval const streamed = tile.stream[2].clipped_to(stream.box.axis[2]);
     int const max_tokens = chunk_tokens(sizeof(Vec) + 4 * stream.query.sum.words);
     // From a weight to that of the key in the next row, or on a line in the next tile.
-    int const next = problem_.axes[1].extent > 1 ? problem_.axes[2].kernel_size : kLanes;
+    int const next = problem_.rank > 1 ? problem_.axes[2].kernel_size : kLanes;
     for_each_chunk(tile, stream.box, max_tokens, Math::kPerWord, [&](Chunk const& chunk) {
       for (int i = 0; i < chunk.width; ++i) {
         int const x = chunk.x + i;
