@@ -454,6 +454,8 @@ def test_ops_check_shapes_before_they_read():
         torch.ops.natten.forward(x, x, x, None, None, None, longer, 1.0, "auto")
     with pytest.raises(ValueError, match="shapes of the operands"):
         torch.ops.natten.forward(x, x, x[:, :7], None, None, None, axes, 1.0, "auto")
+    with pytest.raises(ValueError, match=r"bfloat16 on cpu; wanted torch\.float32 on cpu"):
+        torch.ops.natten.forward(x, x, x.bfloat16(), None, None, None, axes, 1.0, "auto")
     with pytest.raises(ValueError, match="output, lse and d_output"):
         torch.ops.natten.backward(
             x, x, x, None, None, None, x, x[..., 0], x[:, :7], None, axes, 1.0, "auto"

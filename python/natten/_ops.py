@@ -105,8 +105,12 @@ def launch(
     scale: float = 1.0,
     tile_shapes: Sequence[int] = (),
 ) -> _launch.Launch:
-    """What runs `op` of these tensors, on the device where they are."""
+    """What runs `op` of these tensors, on the device where they are. The last one may be a bias, of any type."""
     like = next(tensor for tensor in tensors if tensor is not None)
+    for tensor in tensors[:-1]:
+        if tensor is not None and (tensor.dtype != like.dtype or tensor.is_cpu != like.is_cpu):
+            wanted = f"{like.dtype} on {like.device}, as the first"
+            reject("a tensor of the op", f"{tensor.dtype} on {tensor.device}", wanted)
     arch, allow_tf32 = 0, False
     if not like.is_cpu:
         arch = _dispatch.arch_of(like.device) or 0
