@@ -79,7 +79,8 @@ class WeightRows {
     auto const view = query_view<Storage>(problem, weights, c.item.groups, c.item.batch, c.head);
     next_ = c.ahead * view.step[2];
     for (int l = 0; l < kLanes; ++l) {
-      if (c.tile.has(l)) rows_[l] = view.at(c.tile.position[0][l], c.tile.position[1][l], c.tile.position[2][l]);
+      int const some = c.tile.has(l) ? l : 0;  // lanes without a token read nothing, but do arithmetic on a pointer
+      rows_[l] = view.at(c.tile.position[0][some], c.tile.position[1][some], c.tile.position[2][some]);
     }
   }
   NATTEN_INLINE Storage* operator[](int lane) const { return rows_[lane]; }
