@@ -120,10 +120,11 @@ def run_problems(arguments: argparse.Namespace) -> int:
 
 def run_unfused(arguments: argparse.Namespace) -> int:
     warn_of_load()
+    effort, gathers = effort_of(arguments), not arguments.no_alternatives
     rows = [
         row
         for problem in tqdm(problems(arguments), leave=False)
-        for row in unfused.measure(problem, effort_of(arguments))
+        for row in unfused.measure(problem, effort, gathers=gathers)
     ]
     render = report.as_markdown if arguments.markdown else report.as_text
     print(report.machine("cpu"), render(unfused.HEADER, unfused.cells(rows)), sep="\n\n")

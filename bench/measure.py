@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -96,11 +97,15 @@ class Turns:
 
 
 def settle_malloc() -> None:
-    """Lets glibc keep what is freed, as it does in any process that has freed a large tensor before.
+    """Lets glibc keep what is freed, large tensors too, as caching allocators do.
 
-    In a fresh one it returns the outputs of every call to the system, and all methods measure page faults.
+    Else it returns the outputs of a call to the system, and all methods measure page faults.
     """
-    torch.empty(31 << 20, dtype=torch.uint8)
+    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(m_trim_threshold, -1)
+        mallopt(m_mmap_max, 0)
 
 
 def _synchronizer(device: str) -> Callable[[], None]:

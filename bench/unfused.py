@@ -167,7 +167,17 @@ def heads_last(output: Tensor) -> Tensor:
     return output.flatten(2, -2).transpose(1, 2)
 
 
-def measure(problem: Problem, effort: Effort) -> list[Row]:
+def _gathers(problem: Problem, expected: Tensor) -> dict[tuple[str, str], Callable[[], Any]]:
+    """The same calls with gathered windows, but softmax; none if these take too much memory."""
+    try:
+        gathered = runs(gathering(problem), problem, has_rpb=False)
+    except UnavailableError:
+        return {}
+    check(problem, expected, GATHER, heads_last(gathered[FORWARD]()))
+    return {(GATHER, op): call for op, call in gathered.items() if op != "softmax"}
+
+
+def measure(problem: Problem, effort: Effort, *, gathers: bool) -> list[Row]:
     """One row per op; peak and bandwidth are measured in turns with the ops."""
     threads = torch.get_num_threads()
     settle_malloc()
@@ -179,12 +189,8 @@ def measure(problem: Problem, effort: Effort) -> list[Row]:
     calls[FUSED, FORWARD_BACKWARD] = fused.forward_backward()
     expected = fused.heads_last(fused.forward()())
     check(problem, expected, "unfused", heads_last(unfused[FORWARD]()))
-    try:
-        gathered = runs(gathering(problem), problem, has_rpb=False)
-        check(problem, expected, GATHER, heads_last(gathered[FORWARD]()))
-        calls |= {(GATHER, op): call for op, call in gathered.items() if op != "softmax"}
-    except UnavailableError:
-        pass  # too much memory: its cells stay empty
+    if gathers:
+        calls |= _gathers(problem, expected)
     copy, copied = _copier(problem)
     turns = {key: Turns(call, lambda: None) for key, call in calls.items()}
     copies = Turns(copy, lambda: None)

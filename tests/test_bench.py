@@ -126,7 +126,7 @@ def test_unfused_methods_compute_the_same() -> None:
 def test_unfused_ops_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.unfused.peak_flops", lambda dtype, threads: 1e12)
     effort = Effort(rounds=1, burst=0.0, budget=0.0)
-    rows = {row.op: row for row in unfused.measure(Problem(SMALL, "fp32", 8), effort)}
+    rows = {row.op: row for row in unfused.measure(Problem(SMALL, "fp32", 8), effort, gathers=True)}
     assert tuple(rows) == unfused.OPS
     assert rows[FORWARD].flops == SMALL.flops(8)
     assert rows[FORWARD_BACKWARD].flops == 3 * SMALL.flops(8)

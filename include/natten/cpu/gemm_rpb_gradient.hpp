@@ -7,17 +7,28 @@
 
 namespace natten::cpu::NATTEN_CPU_ISA {
 
+// Queries summed in registers, where their windows move with them; their weights stay in the L1 cache meanwhile, and those
+// of as many more are on their way.
+constexpr int kQueriesAtOnce = 16;
+
 // table[i] += sum over rows of row[i], i < n; of `table`, whole vectors may be read and written.
 template <class Storage>
 NATTEN_INLINE void add_rows(float* table, Storage const* row, std::int64_t step, int rows, int n) {
+  std::int64_t const ahead = kQueriesAtOnce * step;
   for (int c = 0; c < n; c += kLanes) {
     Vec sum = load_vec(table + c);
     Storage const* from = row + c;
     if (c + kLanes <= n) {
-      for (int r = 0; r < rows; ++r, from += step) sum += load_vec(from);
+      for (int r = 0; r < rows; ++r, from += step) {
+        __builtin_prefetch(from + ahead);
+        sum += load_vec(from);
+      }
     } else {
       IntVec const lanes = first_lanes(n - c);
-      for (int r = 0; r < rows; ++r, from += step) sum += load_where(lanes, from);
+      for (int r = 0; r < rows; ++r, from += step) {
+        __builtin_prefetch(from + ahead);
+        sum += load_where(lanes, from);
+      }
     }
     store_vec(table + c, sum);
   }
@@ -43,8 +54,6 @@ class RpbGradient {
  private:
   // Items do not depend on the number of threads, nor does the order of the sums.
   static constexpr int kCuts = 8;
-  // Queries summed in registers, where their windows move with them; their weights stay in the L1 cache meanwhile.
-  static constexpr int kQueriesAtOnce = 16;
 
   void run_item(Schedule::Item const& item, int head, float* d_rpb) const {
     std::int64_t const size = Bias::table_size(problem_);
