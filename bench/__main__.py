@@ -11,17 +11,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench import measure, memory, overhead, report, unfused
-from bench.cases import CASES
+from bench import gpu, measure, memory, overhead, report, unfused
+from bench.cases import CASES, GPU_CASES
 from bench.measure import FORWARD, FORWARD_BACKWARD, QUICK, Effort, Row
-from bench.methods import ALTERNATIVES, DTYPES, Problem
+from bench.methods import DTYPES, Problem, methods_on
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(line: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="Measures neighborhood attention against the machine's peak and against the exact "
-        "alternatives in torch, all in turns in one process. FLOPs count attended pairs only.",
+        "alternatives in torch, all in turns in one process. FLOPs count attended pairs only. On a GPU also against "
+        "dense attention, and with every policy that can run there.",
     )
     parser.add_argument(
         "what",
@@ -31,12 +32,16 @@ def parse_arguments() -> argparse.Namespace:
         help="the named problems (default), the unfused ops one by one, the cost of a call and of the import, or the "
         "memory of a call above its inputs and outputs",
     )
-    names = [case.name for case in CASES]
-    parser.add_argument("--case", nargs="+", choices=names, default=names)
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
-    parser.add_argument("--head-dim", nargs="+", type=int, default=[64])
+    names = [case.name for case in (*CASES, *GPU_CASES)]
+    parser.add_argument(
+        "--case", nargs="+", choices=names, help="by default, those for the kind of device"
+    )
+    parser.add_argument(
+        "--dtype", nargs="+", choices=DTYPES, help="by default fp32 and bf16; tf32 too on a GPU"
+    )
+    parser.add_argument("--head-dim", nargs="+", type=int, help="by default 64, and 128 on a GPU")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu (default), or cuda for the problems")
     parser.add_argument("--forward-only", action="store_true")
     parser.add_argument(
         "--no-flex", action="store_true", help="saves its compilation, 10 s a problem"
@@ -52,7 +57,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="save a plot of the shares of peak")
     parser.add_argument("--compare", type=Path, help="exit with 1 if ratios fell since this report")
     parser.add_argument("--threshold", type=float, default=0.1, help="of --compare, a fraction")
-    return parser.parse_args()
+    arguments = parser.parse_args(line)
+    on_cpu = arguments.device == "cpu"
+    if not on_cpu and arguments.what != "problems":
+        parser.error(f"{arguments.what} is measured on the CPU only")
+    if not on_cpu and not arguments.load and not torch.cuda.is_available():
+        parser.error(f"--device {arguments.device}: torch {torch.__version__} finds no GPU")
+    arguments.case = arguments.case or [case.name for case in (CASES if on_cpu else GPU_CASES)]
+    arguments.dtype = arguments.dtype or (["fp32", "bf16"] if on_cpu else ["bf16", "tf32", "fp32"])
+    arguments.head_dim = arguments.head_dim or [64 if on_cpu else 128]
+    if on_cpu and "tf32" in arguments.dtype:
+        parser.error("--dtype tf32 is for GPUs")
+    return arguments
 
 
 def problems(arguments: argparse.Namespace) -> list[Problem]:
@@ -60,7 +76,7 @@ def problems(arguments: argparse.Namespace) -> list[Problem]:
         Problem(case, dtype, head_dim, arguments.device)
         for head_dim in arguments.head_dim
         for dtype in arguments.dtype
-        for case in CASES
+        for case in (*CASES, *GPU_CASES)
         if case.name in arguments.case
     ]
 
@@ -84,13 +100,13 @@ def effort_of(arguments: argparse.Namespace) -> Effort:
 def measured(arguments: argparse.Namespace) -> report.Report:
     warn_of_load()
     skipped = {"flex"} if arguments.no_flex else set()
-    alternatives = tuple(name for name in ALTERNATIVES if name not in skipped)
-    if arguments.no_alternatives:
-        alternatives = ()
     rows: list[Row] = []
     for problem in (bar := tqdm(problems(arguments), leave=False)):
         bar.set_description(f"{problem.case.name} {problem.dtype}")
-        rows += measure.measure(problem, directions(arguments), alternatives, effort_of(arguments))
+        others = () if arguments.no_alternatives else methods_on(problem)
+        others = tuple(name for name in others if name not in skipped)
+        with gpu.precision(problem.dtype):
+            rows += measure.measure(problem, directions(arguments), others, effort_of(arguments))
     rows.sort(key=lambda row: (row.head_dim, row.dtype != "fp32", row.dtype, row.direction))
     return report.Report(report.machine(arguments.device), rows)
 
@@ -99,7 +115,7 @@ def run_problems(arguments: argparse.Namespace) -> int:
     result = report.Report.load(arguments.load) if arguments.load else measured(arguments)
     print(result.machine, end="\n\n")
     render = report.as_markdown if arguments.markdown else report.as_text
-    print(render(report.HEADER, report.cells(result.rows)))
+    print(render(report.header(result.rows), report.cells(result.rows)))
     for line in report.missing(result.rows):
         print(line, file=sys.stderr)
     if arguments.into:

@@ -16,6 +16,12 @@ class Case:
     kernel_size: tuple[int, ...]
     batch: int = 1
     heads: int = 4
+    stride: tuple[int, ...] | None = None
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """One per axis."""
+        return self.stride or (1,) * len(self.grid)
 
     @property
     def tokens(self) -> int:
@@ -38,4 +44,14 @@ CASES = (
     Case("2d-32-k31", (32, 32), (31, 31)),
     Case("1d-4096-k255", (4096,), (255,)),
     Case("3d-16x32x32-k5x7x7", (16, 32, 32), (5, 7, 7)),
+)
+
+# Sequences, images and videos that GPUs are used for, and one of ordinary dense attention.
+GPU_CASES = (
+    Case("1d-32768-k2048", (32768,), (2048,), heads=1),
+    Case("2d-256-k80", (256, 256), (80, 80), heads=24),
+    Case("2d-256-k80-s16", (256, 256), (80, 80), heads=24, stride=(16, 16)),
+    Case("3d-30x48x80-k18x24x24", (30, 48, 80), (18, 24, 24), heads=24),
+    Case("3d-30x48x80-k18x24x24-s16x8x8", (30, 48, 80), (18, 24, 24), heads=24, stride=(16, 8, 8)),
+    Case("2d-128-k128", (128, 128), (128, 128), heads=24),
 )

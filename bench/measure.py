@@ -11,7 +11,17 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bench.methods import OURS, Attention, Problem, UnavailableError, build, check
+from bench import gpu
+from bench.methods import (
+    ALTERNATIVES,
+    DENSE,
+    OURS,
+    Attention,
+    Problem,
+    UnavailableError,
+    build,
+    check,
+)
 from bench.peak import peak_flops
 
 FORWARD, FORWARD_BACKWARD = "forward", "forward+backward"
@@ -45,7 +55,7 @@ class Row:
     direction: str
     threads: int
     flops: float  # useful: of attended pairs
-    peak: float | None  # FLOP/s; None where it is not measured
+    peak: float | None  # FLOP/s
     seconds: dict[str, float] = field(default_factory=dict)  # by method, medians
     missing: dict[str, str] = field(default_factory=dict)  # by method, why it has no time
 
@@ -64,25 +74,37 @@ class Row:
     @property
     def times_best(self) -> float | None:
         """How many times faster than the fastest alternative."""
-        others = [seconds for method, seconds in self.seconds.items() if method != OURS]
+        others = [self.seconds[method] for method in ALTERNATIVES if method in self.seconds]
         return min(others) / self.seconds[OURS] if others else None
+
+    @property
+    def times_dense(self) -> float | None:
+        """How many times faster than attention of all tokens to all."""
+        return self.seconds[DENSE] / self.seconds[OURS] if DENSE in self.seconds else None
+
+
+def wall_clock(run: Callable[[], object]) -> float:
+    """Seconds that a call takes on the CPU."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 class Turns:
     """A method's calls and their times."""
 
-    def __init__(self, run: Callable[[], object], synchronize: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        run: Callable[[], object],
+        clock: Callable[[Callable[[], object]], float] = wall_clock,
+    ) -> None:
         self._run = run
-        self._synchronize = synchronize
+        self._clock = clock
         self.times: list[float] = []
         self._timed_call()  # compiles, and faults pages in
 
     def _timed_call(self) -> float:
-        self._synchronize()
-        start = time.perf_counter()
-        self._run()
-        self._synchronize()
-        return time.perf_counter() - start
+        return self._clock(self._run)
 
     def burst(self, effort: Effort) -> None:
         if len(self.times) >= 3 and sum(self.times) > effort.budget:
@@ -108,10 +130,6 @@ def settle_malloc() -> None:
         mallopt(m_mmap_max, 0)
 
 
-def _synchronizer(device: str) -> Callable[[], None]:
-    return torch.accelerator.synchronize if device != "cpu" else lambda: None
-
-
 def measure(
     problem: Problem, directions: tuple[str, ...], alternatives: tuple[str, ...], effort: Effort
 ) -> list[Row]:
@@ -129,7 +147,8 @@ def measure(
         )
         for direction in directions
     }
-    synchronize = _synchronizer(problem.device)
+    on_cpu = problem.device == "cpu"
+    clock = wall_clock if on_cpu else gpu.EventClock(problem.device)
     settle_malloc()
     turns: dict[tuple[str, str], Turns] = {}
     ours = build(OURS, problem)
@@ -139,21 +158,25 @@ def measure(
             try:
                 attention = build(method, problem, backward=direction == FORWARD_BACKWARD)
                 check(problem, expected, method, attention.heads_last(attention.forward()()))
-                turns[method, direction] = Turns(_runner(attention, direction), synchronize)
+                turns[method, direction] = Turns(_runner(attention, direction), clock)
             except UnavailableError as reason:
                 row.missing[method] = str(reason)
+            except torch.OutOfMemoryError:
+                row.missing[method] = "out of memory"
     peaks = []
     for _ in range(effort.rounds):
         for turn in turns.values():
             turn.burst(effort)
-        if problem.device == "cpu":
+        if on_cpu:
             # OpenMP's threads spin for a while after their work, on the same cores.
             time.sleep(0.02)
             peaks.append(peak_flops(problem.dtype, threads))
+        else:
+            peaks.append(gpu.peak_flops(problem.dtype, problem.device))
     for (method, direction), turn in turns.items():
         rows[direction].seconds[method] = statistics.median(turn.times)
     for row in rows.values():
-        row.peak = statistics.median(peaks) if peaks else None
+        row.peak = statistics.median(peaks)
     return list(rows.values())
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable
@@ -11,19 +12,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import natten
 from bench.cases import Case
+from natten import _C
 
 Operands = tuple[Tensor, Tensor, Tensor]
 
 OURS = "natten"
+# Ways to compute the same.
 ALTERNATIVES = ("sdpa mask", "flex", "gather")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Attention of all tokens to all, by the fastest kernel that torch has for it: not the same, but what it has to beat.
+DENSE = "dense"
+DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 # Largest difference from ours at which a method counts as the same: rounding of probabilities and outputs of size 1.
-TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
+TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2, "fp16": 1e-2}
 _MAX_GATHER_BYTES = 6 << 30
+_MAX_MASK_BYTES = 6 << 30
 
 
 class UnavailableError(Exception):
@@ -78,10 +90,19 @@ def build(method: str, problem: Problem, *, backward: bool = False) -> Attention
     Raises:
         UnavailableError: If it cannot run.
     """
-    if method == OURS:
-        na = (natten.na1d, natten.na2d, natten.na3d)[len(problem.case.grid) - 1]
-        attend = functools.partial(na, kernel_size=problem.case.kernel_size)
-        return Attention(problem.operands(), attend, heads_first=False)
+    if method == OURS or method in policies(problem):
+        case, operands = problem.case, problem.operands()
+        backend = "auto" if method == OURS else method
+        settings = {
+            "kernel_size": case.kernel_size,
+            "stride": case.strides,
+            "backend": backend,
+        }
+        if natten.explain(*operands, **settings).selected is None:
+            message = "not in this build, or not for this GPU"
+            raise UnavailableError(message)
+        na = (natten.na1d, natten.na2d, natten.na3d)[len(case.grid) - 1]
+        return Attention(operands, functools.partial(na, **settings), heads_first=False)
     return Attention(_heads_first(problem), _BUILDERS[method](problem, backward))
 
 
@@ -91,35 +112,84 @@ def _heads_first(problem: Problem) -> Operands:
     return layout[0], layout[1], layout[2]
 
 
-def _window_begin(token: Tensor, extent: int, kernel_size: int) -> Tensor:
+def policies(problem: Problem) -> tuple[str, ...]:
+    """What on a GPU may run the problem, besides the best kernel: the policies of older architectures, too."""
+    if problem.device == "cpu":
+        return ()
+    dtype = str(DTYPES[problem.dtype]).removeprefix("torch.")
+    rows = [row for row in _C.kernels("cuda") if row.op == "forward" and row.dtypes == (dtype,)]
+    rounds = problem.dtype == "tf32"
+    names = (f"{row.backend}:{row.isa}" for row in rows if not row.is_tf32 or rounds)
+    return tuple(name for name in dict.fromkeys(names) if name.startswith("fna:"))
+
+
+def methods_on(problem: Problem) -> tuple[str, ...]:
+    """What is measured beside ours."""
+    if problem.device == "cpu":
+        return ALTERNATIVES
+    return (*ALTERNATIVES, DENSE, *policies(problem))
+
+
+def _window_begin(token: Tensor, extent: int, kernel_size: int, stride: int) -> Tensor:
     # Written out here so that FlexAttention can compile it; `check` compares the results with ours.
-    return (token - kernel_size // 2).clamp(0, extent - kernel_size)
+    leader = (token // stride * stride + stride // 2).clamp(max=extent - 1)
+    return (leader - kernel_size // 2).clamp(0, extent - kernel_size)
+
+
+def _axes(case: Case) -> list[tuple[int, int, int]]:
+    """Extent, kernel size and stride of each axis."""
+    return list(zip(case.grid, case.kernel_size, case.strides, strict=True))
 
 
 def _sdpa(problem: Problem, backward: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    mask = torch.ones(1, 1, dtype=torch.bool)
-    for extent, kernel_size in zip(problem.case.grid, problem.case.kernel_size, strict=True):
-        token = torch.arange(extent)
-        distance = token - _window_begin(token, extent, kernel_size)[:, None]
+    if problem.case.tokens**2 > _MAX_MASK_BYTES:
+        message = f"the mask would take {problem.case.tokens**2 / 1e9:.0f} GB"
+        raise UnavailableError(message)
+    mask = torch.ones(1, 1, dtype=torch.bool, device=problem.device)
+    for extent, kernel_size, stride in _axes(problem.case):
+        token = torch.arange(extent, device=problem.device)
+        distance = token - _window_begin(token, extent, kernel_size, stride)[:, None]
         axis = (distance >= 0) & (distance < kernel_size)
         rows, columns = mask.shape
         outer = mask[:, None, :, None] & axis[None, :, None, :]
         mask = outer.reshape(rows * extent, columns * extent)
-    return functools.partial(
-        functional.scaled_dot_product_attention, attn_mask=mask.to(problem.device)
-    )
+    return functools.partial(functional.scaled_dot_product_attention, attn_mask=mask)
+
+
+def _dense(problem: Problem, backward: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def by(kernel: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            with sdpa_kernel(kernel):
+                return functional.scaled_dot_product_attention(query, key, value)
+
+        return attend
+
+    operands = _heads_first(problem)
+    seconds = {}
+    for kernel in (
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+    ):
+        attend = by(kernel)
+        with contextlib.suppress(RuntimeError):  # "no available kernel": not for this type or GPU
+            seconds[attend] = _seconds(attend, operands)
+    if not seconds:
+        message = "torch has no fused attention here"
+        raise UnavailableError(message)
+    return min(seconds, key=seconds.__getitem__)
 
 
 def _flex(problem: Problem, backward: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     if backward and problem.device == "cpu":
         message = "FlexAttention has no backward on CPU"
         raise UnavailableError(message)
-    grid, kernel_size = problem.case.grid, problem.case.kernel_size
+    axes = _axes(problem.case)
 
     def in_window(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         inside = torch.ones((), dtype=torch.bool, device=query.device)
-        for extent, size in zip(reversed(grid), reversed(kernel_size), strict=True):
-            distance = key % extent - _window_begin(query % extent, extent, size)
+        for extent, size, stride in reversed(axes):
+            distance = key % extent - _window_begin(query % extent, extent, size, stride)
             inside = inside & (distance >= 0) & (distance < size)
             query, key = query // extent, key // extent
         return inside
@@ -144,7 +214,9 @@ def _flex(problem: Problem, backward: bool) -> Callable[[Tensor, Tensor, Tensor]
 def _seconds(attend: Callable[[Tensor, Tensor, Tensor], Tensor], operands: Operands) -> float:
     def timed() -> float:
         start = time.perf_counter()
-        attend(*operands)
+        output = attend(*operands)
+        if not output.is_cpu:
+            torch.accelerator.synchronize()
         return time.perf_counter() - start
 
     timed()  # compiles
@@ -165,8 +237,8 @@ def gatherer(problem: Problem, *, backward: bool) -> Callable[[Tensor], Tensor]:
         message = f"gathered tensors would take {needed / 1e9:.0f} GB"
         raise UnavailableError(message)
     index = torch.zeros(1, 1, dtype=torch.int64)
-    for extent, kernel_size in zip(case.grid, case.kernel_size, strict=True):
-        begin = _window_begin(torch.arange(extent), extent, kernel_size)
+    for extent, kernel_size, stride in _axes(case):
+        begin = _window_begin(torch.arange(extent), extent, kernel_size, stride)
         axis = begin[:, None] + torch.arange(kernel_size)
         outer = index[:, None, :, None] * extent + axis[None, :, None, :]
         index = outer.reshape(len(index) * extent, index.shape[1] * kernel_size)
@@ -184,11 +256,13 @@ def _gather(problem: Problem, backward: bool) -> Callable[[Tensor, Tensor, Tenso
     return attend
 
 
-_BUILDERS = {"sdpa mask": _sdpa, "flex": _flex, "gather": _gather}
+_BUILDERS = {"sdpa mask": _sdpa, "flex": _flex, "gather": _gather, DENSE: _dense}
 
 
 def check(problem: Problem, expected: Tensor, method: str, output: Tensor) -> None:
     """Raises ArithmeticError unless the method's result is ours: a baseline of something else would be no baseline."""
+    if method == DENSE:
+        return
     worst = float((output.float() - expected.float()).abs().max())
     if not worst <= TOLERANCE[problem.dtype]:
         message = f"{method} differs from {OURS} by {worst:.2g} on {problem}"

@@ -15,7 +15,7 @@ import torch
 
 import natten
 from bench.measure import FORWARD, FORWARD_BACKWARD, Row
-from bench.methods import ALTERNATIVES, OURS
+from bench.methods import DENSE, OURS
 from natten import _C
 
 
@@ -44,7 +44,9 @@ def machine(device: str) -> str:
         names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         model = names[0].split(":")[1].strip() if names else model
     if device != "cpu":
-        model = torch.get_device_module(device).get_device_name()
+        major, minor = torch.cuda.get_device_capability(device)
+        name = torch.cuda.get_device_name(device)
+        model = f"{name} (SM{major}{minor}, CUDA {torch.version.cuda}), {model}"
     threads = torch.get_num_threads()
     git = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
@@ -54,18 +56,21 @@ def machine(device: str) -> str:
     )
 
 
-HEADER = (
-    "problem",
-    "dtype",
-    "head dim",
-    "direction",
-    "us",
-    "GFLOP/s",
-    "% of peak",
-    *(f"{name}, us" for name in ALTERNATIVES),
-    "x best",
-    "fwd+bwd / fwd",
-)
+def methods(rows: Sequence[Row]) -> list[str]:
+    """What was measured, or could not be, beside ours."""
+    known = dict.fromkeys(name for row in rows for name in (*row.seconds, *row.missing))
+    return [name for name in known if name != OURS]
+
+
+def header(rows: Sequence[Row]) -> list[str]:
+    others = methods(rows)
+    return [
+        *("problem", "dtype", "head dim", "direction", "us", "GFLOP/s", "% of peak"),
+        *(f"{name}, us" for name in others),
+        *(["x dense"] if DENSE in others else []),
+        "x best",
+        "fwd+bwd / fwd",
+    ]
 
 
 def cell(value: float | None, digits: int, unit: float = 1.0) -> str:
@@ -75,6 +80,12 @@ def cell(value: float | None, digits: int, unit: float = 1.0) -> str:
 def cells(rows: Sequence[Row]) -> list[list[str]]:
     """A line per row, and the geometric means of each data type, head dim and direction last."""
     forward = {row.key[:3]: row.seconds[OURS] for row in rows if row.direction == FORWARD}
+    others = methods(rows)
+
+    def times_dense(alike: Iterable[Row]) -> list[str]:
+        """A cell, if there is a column for it."""
+        mean = _geometric_mean(row.times_dense for row in alike)
+        return [cell(mean, 2)] if DENSE in others else []
 
     def backward_ratio(row: Row) -> float | None:
         base = forward.get(row.key[:3])
@@ -89,7 +100,8 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
             cell(row.seconds[OURS], 0, 1e6),
             cell(row.gflops, 1),
             cell(row.share_of_peak, 1, 100),
-            *(cell(row.seconds.get(name), 0, 1e6) for name in ALTERNATIVES),
+            *(cell(row.seconds.get(name), 0, 1e6) for name in others),
+            *times_dense([row]),
             cell(row.times_best, 1),
             cell(backward_ratio(row), 2),
         ]
@@ -108,7 +120,8 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
                 "",
                 cell(_geometric_mean(row.gflops for row in alike), 1),
                 cell(_geometric_mean(row.share_of_peak for row in alike), 1, 100),
-                *("" for _ in ALTERNATIVES),
+                *("" for _ in others),
+                *times_dense(alike),
                 cell(_geometric_mean(row.times_best for row in alike), 1),
                 cell(_geometric_mean(backward_ratio(row) for row in alike), 2),
             ]
@@ -142,7 +155,7 @@ def write_into(page: Path, result: Report) -> None:
     begin, end = "<!-- benchmark -->", "<!-- /benchmark -->"
     before, rest = page.read_text().split(begin)
     after = rest.split(end)[1]
-    table = as_markdown(HEADER, cells(result.rows))
+    table = as_markdown(header(result.rows), cells(result.rows))
     page.write_text(f"{before}{begin}\n{result.machine}\n\n{table}\n{end}{after}")
 
 
@@ -170,6 +183,7 @@ def regressions(old: Report, new: Report, threshold: float) -> list[str]:
         ratios = {
             "% of peak": (was.share_of_peak, row.share_of_peak),
             "x best": (was.times_best, row.times_best),
+            "x dense": (was.times_dense, row.times_dense),
         }
         for name, (old_value, new_value) in ratios.items():
             if old_value and new_value and new_value < old_value * (1 - threshold):
@@ -187,24 +201,25 @@ def plot(report: Report, path: Path) -> None:
 
     kinds = list(dict.fromkeys(row.key[1:] for row in report.rows))
     figure, axes = pyplot.subplots(len(kinds), figsize=(9, 3 * len(kinds)), squeeze=False)
-    methods = (OURS, *ALTERNATIVES)
+    shown = [OURS, *methods(report.rows)]
     for axis, kind in zip(axes[:, 0], kinds, strict=True):
         rows = [row for row in report.rows if row.key[1:] == kind]
-        for n, method in enumerate(methods):
+        width = 0.8 / len(shown)
+        for n, method in enumerate(shown):
             bars = [
                 100 * row.flops / row.seconds[method] / row.peak
                 if method in row.seconds and row.peak
                 else 0.0
                 for row in rows
             ]
-            positions = [x + 0.2 * (n - 1.5) for x in range(len(rows))]
-            axis.bar(positions, bars, 0.2, label=method)
+            positions = [x + width * (n - (len(shown) - 1) / 2) for x in range(len(rows))]
+            axis.bar(positions, bars, width, label=method)
         axis.set_yscale("log")
         axis.set_ylim(0.05, 100)
         axis.set_ylabel("% of peak")
         axis.set_xticks(range(len(rows)), [row.case for row in rows])
         axis.set_title(f"{kind[0]}, head dim {kind[1]}, {kind[2]}", fontsize=10)
-    axes[0, 0].legend(ncols=len(methods), fontsize=8)
+    axes[0, 0].legend(ncols=len(shown), fontsize=8)
     figure.suptitle(report.machine, fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -192,8 +192,8 @@ def measure(problem: Problem, effort: Effort, *, gathers: bool) -> list[Row]:
     if gathers:
         calls |= _gathers(problem, expected)
     copy, copied = _copier(problem)
-    turns = {key: Turns(call, lambda: None) for key, call in calls.items()}
-    copies = Turns(copy, lambda: None)
+    turns = {key: Turns(call) for key, call in calls.items()}
+    copies = Turns(copy)
     peaks = []
     for _ in range(effort.rounds):
         for turn in turns.values():

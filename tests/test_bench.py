@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import report, unfused
-from bench.cases import CASES, Case
+from bench.cases import CASES, GPU_CASES, Case
 from bench.measure import FORWARD, FORWARD_BACKWARD, Effort, Row, measure
 from bench.methods import OURS, Problem, build, check
 from natten import _C
@@ -19,6 +19,7 @@ from natten import _C
 pytestmark = pytest.mark.cpu
 
 SMALL = Case("small", (5, 9), (3, 4), batch=2, heads=2)
+STRIDED = Case("strided", (7, 9), (3, 4), heads=2, stride=(3, 2))
 
 
 def _row(**changes: object) -> Row:
@@ -27,22 +28,23 @@ def _row(**changes: object) -> Row:
     return replace(row, **changes)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("case", [*CASES, SMALL], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *GPU_CASES, SMALL, STRIDED], ids=lambda case: case.name)
 def test_pairs_are_those_of_the_windows(case: Case) -> None:
     pairs = 1
-    for extent, kernel_size in zip(case.grid, case.kernel_size, strict=True):
+    for extent, kernel_size, stride in zip(case.grid, case.kernel_size, case.strides, strict=True):
         fields = dict.fromkeys(_C.AXIS_FIELDS, 0)
         fields |= {"extent": extent, "query_extent": extent, "key_extent": extent}
-        fields |= {"kernel_size": kernel_size, "stride": 1, "dilation": 1}
+        fields |= {"kernel_size": kernel_size, "stride": stride, "dilation": 1}
         fields["boundary"] = _C.BOUNDARIES.index("shift")
         pairs *= _C.attended_pairs(list(fields.values()))
     assert case.pairs == pairs
     assert case.flops(64) == 4 * case.batch * case.heads * pairs * 64
 
 
+@pytest.mark.parametrize("case", [SMALL, STRIDED], ids=lambda case: case.name)
 @pytest.mark.parametrize("method", ["sdpa mask", "gather"])
-def test_methods_compute_the_same(method: str) -> None:
-    problem = Problem(SMALL, "fp32", 8)
+def test_methods_compute_the_same(method: str, case: Case) -> None:
+    problem = Problem(case, "fp32", 8)
     ours, other = build(OURS, problem), build(method, problem)
     expected = ours.heads_last(ours.forward()())
     check(problem, expected, method, other.heads_last(other.forward()()))
