@@ -152,7 +152,7 @@ class AvTransposed {
           *weights = Vec{};
           for (int k = 0; k < num_runs; ++k) {
             Storage const* const from = row + (column.offset + runs[k].offset);
-            __builtin_prefetch(from + next + kLanes - 1, 0, 2);
+            __builtin_prefetch(from + next + kLanes - 1, /*rw=*/0, /*locality=*/2);
             *weights += load_where(column.keep & runs[k].lanes, from);
           }
         }

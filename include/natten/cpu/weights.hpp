@@ -84,12 +84,12 @@ class WeightRows {
     }
   }
   NATTEN_INLINE Storage* operator[](int lane) const { return rows_[lane]; }
-  // Asks for the same run of the next tile, in the L2 cache: no hardware prefetcher follows the rows of all lanes, and
-  // without, waiting for weights took twice as long as adding up what they weight.
+  // Asks for the same run of the next tile: no hardware prefetcher follows the rows of all lanes, and without, waiting for
+  // weights took twice as long as adding up what they weight.
   NATTEN_INLINE void prefetch_next(int lane, std::int64_t slot, int n) const {
     if (next_ == 0) return;
     constexpr int kLine = 64 / static_cast<int>(sizeof(Storage));
-    for (int i = 0; i < n; i += kLine) __builtin_prefetch(rows_[lane] + next_ + slot + i, /*rw=*/0, /*locality=*/3);
+    for (int i = 0; i < n; i += kLine) __builtin_prefetch(rows_[lane] + next_ + slot + i);
   }
 
  private:
