@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -13,6 +14,9 @@ from natten import _C, _dispatch
 # Where tests run that are not marked `cpu`: pytest's option --device.
 DEVICE = torch.device("cpu")
 
+# CUDA kernels for the CPU; `make emulation` builds them.
+EMULATION = Path(__file__).parents[1] / "build" / "emulation" / "libnatten_emulation.so"
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -21,8 +25,10 @@ class Policy:
     Attributes:
         backend: That name, such as "fna:x86-64-v3" or "fna:Sm80".
         kernels: Those of the forward pass.
-        max_head_dim: Of the largest of them.
+        max_head_dim: The largest that kernels of both passes hold.
         precision: Type with as many digits as the products have: that of the tensors, but for TF32 float16.
+        multiplies_tiles: Whether products take whole tiles, weights of 0 included: NaN and inf reach more than attends
+            to them.
         obstacle: Why none of them can run here; empty: they can.
     """
 
@@ -31,6 +37,7 @@ class Policy:
     kernels: tuple[str, ...]
     max_head_dim: int
     precision: torch.dtype
+    multiplies_tiles: bool
     obstacle: str
 
     def __str__(self) -> str:
@@ -42,24 +49,35 @@ def policies(where: str = "") -> list[Policy]:
     where = where or DEVICE.type
     groups: dict[tuple[str, str], list[_C.Kernel]] = {}
     for kernel in _C.kernels(where):
-        if kernel.op == "forward":
+        if kernel.op in ("forward", "backward"):
             name = f"{kernel.backend}:{kernel.isa}"
             groups.setdefault((name, kernel.dtypes[0]), []).append(kernel)
     return [_policy(backend, dtype, rows, where) for (backend, dtype), rows in groups.items()]
 
 
+def emulated_policies() -> list[Policy]:
+    """Those of the CUDA kernels for the CPU, loaded if need be; none if they have not been built."""
+    if EMULATION.exists() and not _C.kernels("emulation"):
+        natten.load_kernels(EMULATION)
+    return policies("emulation")
+
+
 def _policy(backend: str, dtype: str, rows: list[_C.Kernel], where: str) -> Policy:
+    largest: dict[str, int] = {}
+    for kernel in rows:
+        largest[kernel.op] = max(kernel.max_head_dim, largest.get(kernel.op, 0))
     problem = _C.Problem(dtype, (8, 3, 1, 1, 0, 0, 0, 0, 8, 0, 8), 1, 1, 1, 8, 8, 0, False, 1.0)
     arch = _dispatch.arch_of(DEVICE) if where == "cuda" else 0
-    names = tuple(kernel.name for kernel in rows)
+    names = tuple(kernel.name for kernel in rows if kernel.op == "forward")
     found = _C.candidates(problem, "forward", backend, "", arch)
     reasons = [why for kernel, why in found if kernel.name in names]
     return Policy(
         backend=backend,
         dtype=getattr(torch, dtype),
         kernels=names,
-        max_head_dim=max(kernel.max_head_dim for kernel in rows),
+        max_head_dim=min(largest.values()),
         precision=torch.float16 if rows[0].is_tf32 else getattr(torch, dtype),
+        multiplies_tiles=rows[0].tile != (0, 0),
         obstacle="" if [] in reasons else f"{names[0]} {'; '.join(reasons[0])}",
     )
 

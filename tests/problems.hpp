@@ -121,7 +121,8 @@ inline Problem random_problem(DType dtype, int max_head_dim = 40, int const (&ro
   p.head_dim_value = random_int(0, 1) ? p.head_dim : random_int(1, max_head_dim);
   p.additional_keys = random_int(0, 1) ? random_int(1, 5) : 0;
   p.has_rpb = random_int(0, 1) == 1;
-  p.scale = 0.3;
+  constexpr double kScales[] = {0.3, 0.3, 0.3, 0.0, -0.2};
+  p.scale = kScales[random_int(0, 4)];
   return p;
 }
 

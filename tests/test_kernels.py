@@ -193,6 +193,8 @@ POISONS = pytest.mark.parametrize(
 
 @POISONS
 def test_poison_stays_where_it_belongs(poison, which, place, policy):
+    if policy.multiplies_tiles:
+        pytest.skip("its products take whole tiles, in which 0 times NaN is NaN")
     check_poison(policy.backend, policy.dtype, poison, which, place)
 
 

@@ -91,8 +91,8 @@ BY_HAND = (
     Fault(
         "NaN for rows without keys",
         "kernel/fna_forward.hpp",
-        "highest == -INFINITY ? 0.0f : highest * params.softmax_scale",
-        "highest * params.softmax_scale",
+        "highest == -INFINITY ? 0.0f : highest * params.scale.inside",
+        "highest * params.scale.inside",
     ),
     Fault(
         "every lane counts missing keys",

@@ -26,6 +26,18 @@ CUTE_DEVICE float reduce_row(float x, Operation operation) {
   return x;
 }
 
+// What dot products s are multiplied with, before the mask and inside the exponential of base 2. exp(scale * s) is
+// exp2(c * s), one multiply-add with the maximum; not so with a bias, and a c that is 0 or negative would make of a
+// masked -infinity something else.
+struct LogitScale {
+  float before, inside;
+
+  static LogitScale make(Problem const& problem) {
+    float const c = float(problem.scale) * kLog2E;
+    return problem.has_rpb || !(c > 0) ? LogitScale{c, 1.0f} : LogitScale{1.0f, c};
+  }
+};
+
 // logits, in units of `scale` before and of log2 after where a bias is given; -infinity where a row does not attend.
 // `bias`: the head's table, or null.
 template <class State, class Scores, class Coordinates>

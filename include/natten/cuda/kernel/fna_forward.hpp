@@ -30,8 +30,7 @@ struct FnaForward {
     float const* rpb;
     Partition partition;
     BiasIndex bias;
-    float prescale;      // of the dot products, where they are scaled before the softmax
-    float softmax_scale; // of the logits inside the exponential of base 2
+    LogitScale scale;
     bool query_vectors, key_vectors, value_vectors, additional_key_vectors, additional_value_vectors, output_vectors;
   };
 
@@ -54,11 +53,7 @@ struct FnaForward {
     p.rpb = static_cast<float const*>(a.rpb);
     p.partition = Partition::make(a.problem, Side::kQuery, context.by_query);
     p.bias = BiasIndex::make(a.problem);
-    // exp(scale * s) = exp2(c * s): one multiply-add with the maximum, which a negative scale or a bias forbids.
-    float const c = float(a.problem.scale) * kLog2E;
-    bool const before = a.problem.has_rpb || !(c >= 0);
-    p.prescale = before ? c : 1.0f;
-    p.softmax_scale = before ? 1.0f : c;
+    p.scale = LogitScale::make(a.problem);
     p.query_vectors = in_vectors<Element>(a.query, a.problem.head_dim);
     p.key_vectors = in_vectors<Element>(a.key, a.problem.head_dim);
     p.value_vectors = in_vectors<Element>(a.value, a.problem.head_dim_value);
@@ -161,7 +156,7 @@ struct FnaForward {
       auto scores = make_accumulator<typename Policy::Mma, kOwn, kStreamed>();
       multiply_tokens<Policy>(scores, shared, slot(shared, 2 * tile), thread);
       auto scores_rows = make_tensor(scores.data(), Policy::rows_by_columns(scores.layout()));
-      finish_scores(scores_rows, coordinates, state, walk, cursor.origin, cursor.is_interior(walk), params.prescale,
+      finish_scores(scores_rows, coordinates, state, walk, cursor.origin, cursor.is_interior(walk), params.scale.before,
                     in_window ? bias : nullptr, params.bias.of_position(cursor.origin));
 
       CUTE_UNROLL
@@ -171,13 +166,13 @@ struct FnaForward {
         for (int c = 0; c < size<1>(scores_rows); ++c) highest = Maximum{}(highest, scores_rows(r, c));
         highest = reduce_row<Policy::kRowLanes>(highest, Maximum{});
         // A row without keys so far keeps zeros: -infinity minus -infinity would be NaN.
-        float const base = highest == -INFINITY ? 0.0f : highest * params.softmax_scale;
-        float const correction = exp2f(maximum[r] * params.softmax_scale - base);
+        float const base = highest == -INFINITY ? 0.0f : highest * params.scale.inside;
+        float const correction = exp2f(maximum[r] * params.scale.inside - base);
         maximum[r] = highest;
         sum[r] *= correction;
         CUTE_UNROLL
         for (int c = 0; c < size<1>(scores_rows); ++c) {
-          scores_rows(r, c) = exp2f(scores_rows(r, c) * params.softmax_scale - base);
+          scores_rows(r, c) = exp2f(scores_rows(r, c) * params.scale.inside - base);
           sum[r] += scores_rows(r, c);
         }
         CUTE_UNROLL
@@ -206,7 +201,7 @@ struct FnaForward {
       }
       if (present) {
         *lse_view.token<float>(p[0], p[1], p[2]) =
-            sum[r] == 0 ? -INFINITY : kLn2 * (maximum[r] * params.softmax_scale + log2f(sum[r]));
+            sum[r] == 0 ? -INFINITY : kLn2 * (maximum[r] * params.scale.inside + log2f(sum[r]));
       }
     }
     store_accumulator<Policy>(output, shared, view_of<Side::kQuery, Element>(params.output, problem, own, own.head),

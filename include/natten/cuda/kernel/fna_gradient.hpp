@@ -43,7 +43,7 @@ struct FnaGradient {
     Partition partition;
     BiasIndex bias;
     std::int64_t additional_items;  // of the key side: tiles of additional keys, behind those of the grid
-    float prescale, softmax_scale;
+    LogitScale scale;
     bool query_vectors, key_vectors, value_vectors, d_output_vectors, additional_key_vectors, additional_value_vectors;
     bool d_query_vectors, d_key_vectors, d_value_vectors, d_additional_key_vectors, d_additional_value_vectors;
   };
@@ -87,9 +87,7 @@ struct FnaGradient {
     if (!kOwnsQueries) {
       p.additional_items = problem.batch * problem.heads_kv * ceil_div(problem.additional_keys, kOwn);
     }
-    float const c = float(problem.scale) * kLog2E;
-    p.prescale = problem.has_rpb ? c : 1.0f;
-    p.softmax_scale = problem.has_rpb ? 1.0f : c;
+    p.scale = LogitScale::make(problem);
     p.query_vectors = in_vectors<Element>(a.query, problem.head_dim);
     p.key_vectors = in_vectors<Element>(a.key, problem.head_dim);
     p.value_vectors = in_vectors<Element>(a.value, problem.head_dim_value);
@@ -299,7 +297,7 @@ struct FnaGradient {
       auto scores_rows = make_tensor(scores.data(), Policy::rows_by_columns(scores.layout()));
       int const head = kOwnsQueries ? own.head : own.head * problem.group_size() + cursor.lap;
       int const sign = kOwnsQueries ? 1 : -1;  // of the streamed side's positions in the bias table
-      finish_scores(scores_rows, coordinates, state, walk, cursor.origin, cursor.is_interior(walk), params.prescale,
+      finish_scores(scores_rows, coordinates, state, walk, cursor.origin, cursor.is_interior(walk), params.scale.before,
                     has_bias ? params.rpb + std::int64_t{head} * params.bias.entries : nullptr,
                     sign * params.bias.of_position(cursor.origin));
       CUTE_UNROLL
@@ -307,7 +305,7 @@ struct FnaGradient {
         CUTE_UNROLL
         for (int c = 0; c < kColumns; ++c) {
           float const row_lse = kOwnsQueries ? rows[r].lse : columns(shared, tile)[get<1>(coordinates(0, c))];
-          scores_rows(r, c) = exp2f(scores_rows(r, c) * params.softmax_scale - row_lse);
+          scores_rows(r, c) = exp2f(scores_rows(r, c) * params.scale.inside - row_lse);
         }
       }
       if constexpr (!kOwnsQueries) multiply_scores<Policy>(d_second, scores, second, shared + kScoresBegin, thread);
