@@ -11,7 +11,6 @@ import math
 import subprocess
 import sys
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,10 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import natten
 from natten import _autotune, _dispatch
 from natten.context import AutotunerContext, NattenContext
+from tests.policies import EMULATION
 from tests.test_libraries import Launch, build
 from tests.test_tiles import Axis, factorisations, visited
 
-EMULATION = Path(__file__).parents[1] / "build" / "emulation" / "libnatten_emulation.so"
+pytestmark = pytest.mark.cpu
 OWN, STREAMED = 64, 32  # tokens of the tiles of the kernels in tests/library.cpp
 
 

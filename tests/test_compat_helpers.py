@@ -17,6 +17,8 @@ from tests import oracle, oracle_unfused
 from tests.oracle import assert_close
 from tests.test_compat import GRIDS, leaves, plain
 
+pytestmark = pytest.mark.cpu
+
 # natten.libnatten ---------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: MIT
+"""bench/on_gpu.sh, with programs that only write down how they are called."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.cpu
+ROOT = Path(__file__).parents[1]
+PROGRAMS = {
+    "nvidia-smi": 'case "$*" in *name*) echo "Some GPU, 8.6, 580.1" ;; *) echo 8.6 ;; esac',
+    "nvcc": "echo Build cuda_13.0",
+    "compute-sanitizer": 'while [ "$1" != python ]; do shift; done; "$@"',
+    "python": """
+case "$*" in
+  *"-m bench"*--load*) echo "| a table |" ;;
+  *"-m bench"*) echo '{}' > "$(dirname "$CALLS")/report/bench.json" ;;
+  -c*) echo "Python 3.12, torch 2.11" ;;
+  *"-m pytest"*) echo "3 passed | in 1 s" ;;
+esac
+case "$*" in *$FAILS*) exit 1 ;; esac
+""",
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs the script; every call but the first word of it fails that contains `fails`."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name, text in PROGRAMS.items():
+        (programs / name).write_text(f'#!/bin/bash\necho "{name} $*" >> "$CALLS"\n{text}\n')
+        (programs / name).chmod(0o755)
+
+    def call(*arguments, fails="nothing", **variables):
+        environment = {
+            **os.environ,
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "PYTHON": "python",
+            "CALLS": str(tmp_path / "calls"),
+            "OUT": str(tmp_path / "report"),
+            "FAILS": fails,
+            **variables,
+        }
+        command = [str(ROOT / "bench" / "on_gpu.sh"), *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        folder = Path(environment["OUT"])
+        return done, (folder / "report.md").read_text(), (tmp_path / "calls").read_text()
+
+    return call
+
+
+def test_all_stages(run, tmp_path):
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels" / "x.whl").touch()
+    done, report, calls = run(
+        WHEELS=str(tmp_path / "wheels"), PYTEST_ARGS="-k rank2", BENCH_ARGS="--quick --no-flex"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "- Some GPU, 8.6, 580.1" in report
+    stages = ("build", "test", "memcheck", "racecheck", "bench")
+    rows = [
+        line for line in report.splitlines() if line.startswith(tuple(f"| {s} " for s in stages))
+    ]
+    assert [row.split(" | ")[1] for row in rows] == ["passed"] * 5
+    assert "| 3 passed / in 1 s |" in rows[1]
+    assert report.endswith("| a table |\n")
+    assert f"python -m pip install --no-deps {tmp_path}/wheels/x.whl" in calls
+    assert "cmake.define.NATTEN_CUDA=ON" in calls
+    assert "cmake.define.NATTEN_CUDA_ARCHS=86 " in calls
+    assert "cmake.define.NATTEN_CUDA_ALL_POLICIES=ON" in calls
+    assert "python -m pytest --device cuda --quiet -p no:cacheprovider -k rank2\n" in calls
+    for tool in ("memcheck", "racecheck"):
+        assert f"compute-sanitizer --tool {tool} --error-exitcode 1 python -m pytest" in calls
+        assert (tmp_path / "report" / f"{tool}.log").exists()
+    assert f"--json {tmp_path}/report/bench.json --quick --no-flex\n" in calls
+
+
+def test_some_stages_into_a_folder(run, tmp_path):
+    done, report, calls = run("-o", str(tmp_path / "report"), "test", OUT=str(tmp_path / "report"))
+    assert done.returncode == 0
+    assert "| test | passed |" in report
+    assert "pip" not in calls
+    assert "bench" not in calls
+
+
+def test_failures(run):
+    done, report, _ = run(fails="--device cuda --quiet")
+    assert done.returncode == 1
+    assert "| build | passed |" in report
+    assert "| test | FAILED |" in report
+    assert "| bench | passed |" in report  # the next ones run all the same
+    done, report, _ = run(fails="--no-build-isolation")
+    assert done.returncode == 1
+    assert "| build | FAILED |" in report
+    assert "| test |" not in report  # of what?
+    done, report, _ = run("tset")
+    assert done.returncode == 1
+    assert "no stage is called tset" in done.stdout
