@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,6 +77,18 @@ def test_every_architecture(arch, kind, op):
     for head_dim in (257, 512, 1000):
         kernel = chosen(op, dtype, 16, head_dim, allow_tf32, arch)
         assert kernel.name == f"naive_{op}_{SHORT[dtype]}_cuda"
+
+
+def test_the_readme_says_the_same():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    rows = re.findall(r"^\| SM(\d+)(?: to SM(\d+))?: [\w, ]+ \| (.*) \|$", readme, re.MULTILINE)
+    said = {
+        arch: tuple(cell.strip("`") for cell in cells.split(" | "))
+        for first, last, cells in rows
+        for arch in (*POLICIES, 90)
+        if int(first) <= arch <= int(last or first)
+    }
+    assert said == {**POLICIES, 90: POLICIES[89]}
 
 
 @pytest.mark.parametrize("op", ["forward", "backward"])
