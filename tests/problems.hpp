@@ -61,6 +61,16 @@ class Array {
 
   TensorRef const& ref() const { return ref_; }
 
+  // NaN wherever `other` is.
+  void poison(Array const& other) {
+    with_type(dtype_, ref_.data, [&](auto* elements) {
+      using Storage = std::remove_pointer_t<decltype(elements)>;
+      for (std::size_t i = 0; i < size_; ++i) {
+        if (std::isnan(other.at(i))) elements[i] = cpu::from_float<Storage>(NAN);
+      }
+    });
+  }
+
   // Largest difference, relative for numbers beyond 1; NaN if any is.
   double difference(Array const& other) const {
     double worst = 0;
@@ -133,6 +143,7 @@ struct Shapes {
       query[i] = p.axes[i].query_extent;
       key[i] = p.axes[i].key_extent;
       table[i] = 2 * p.axes[i].kernel_size - 1;
+      slots *= p.axes[i].kernel_size;
     }
   }
   Array of_query(int dim, Array::Fill fill) const { return {p.dtype, p.batch, query, p.heads, dim, fill}; }
@@ -143,7 +154,7 @@ struct Shapes {
 
   Problem const& p;
   DType wide = p.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-  int query[kMaxRank], key[kMaxRank], table[kMaxRank];
+  int query[kMaxRank], key[kMaxRank], table[kMaxRank], slots = 1;
   int tokens[kMaxRank] = {1, 1, p.additional_keys};
 };
 
@@ -217,6 +228,40 @@ inline BackwardArguments backward_arguments(Problem const& p, Inputs const& inpu
     b.d_rpb = results.rpb.ref().data;
   }
   return b;
+}
+
+// The operands of the unfused ops; which of them is the result depends on the op.
+struct UnfusedTensors {
+  UnfusedTensors(Shapes const& s, Array::Fill fill)
+      : query(s.of_query(s.p.head_dim, fill)),
+        key(s.of_key(s.p.head_dim, fill)),
+        weights(s.of_query(s.slots, fill)),
+        rpb(s.of_bias(fill)) {}
+
+  UnfusedTensors widened() const {
+    UnfusedTensors other = *this;
+    for (Array* array : {&other.query, &other.key, &other.weights, &other.rpb}) {
+      *array = array->converted(DType::kFloat64);
+    }
+    return other;
+  }
+  Array& result_of(Op op) {
+    return op == Op::kQk ? weights : op == Op::kAv ? query : op == Op::kAvTransposed ? key : rpb;
+  }
+
+  Array query, key, weights, rpb;
+};
+
+inline UnfusedArguments unfused_arguments(Problem const& p, Op op, UnfusedTensors const& tensors, double unused) {
+  UnfusedArguments u;
+  u.problem = p;
+  u.query = tensors.query.ref();
+  u.key = tensors.key.ref();
+  u.weights = tensors.weights.ref();
+  if (p.has_rpb && op == Op::kQk) u.rpb = tensors.rpb.ref().data;
+  if (op == Op::kRpbGradient) u.d_rpb = tensors.rpb.ref().data;
+  u.unused = unused;
+  return u;
 }
 
 // Calls visit(name, array, array) for all that a problem has.

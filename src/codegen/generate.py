@@ -3,7 +3,7 @@
 Usage:
     generate.py --architecture x86_64 --output <folder in the build tree>       the CPU's kernels, and dispatch's table
     generate.py --cuda-output <folder> --cuda-archs "80;89" [--all-policies] [--table my_table.py]
-    generate.py --cuda-output <folder> --select emulation [--only sm80]
+    generate.py --cuda-output <folder> --select emulation [--only sm80] [--table my_table.py]
 """
 
 from __future__ import annotations
@@ -157,21 +157,19 @@ def cuda_instantiation(row: CudaRow) -> str:
     element = CUDA_STORAGE[row.dtype]
     if row.policy is ANY_ARCH:
         header, argument = "", element
-        kernel_header = "naive"
     else:
         header = f'#include "natten/cuda/policy/{row.policy.header}.hpp"\n'
         argument = f"{row.policy.id}<{element}, {row.max_head_dim}, {row.own}, {row.streamed}, {row.stages}>"
-        kernel_header = f"{row.backend}_{row.op}"
     kind = OPS[row.op].arguments
     workspace = ""
     if OPS[row.op].has_workspace:
         workspace = f"""
 std::int64_t {row.name}_workspace({kind} const* arguments, LaunchContext const* context) {{
-  return {row.backend}_{row.op}_workspace<{argument}>(*arguments, *context);
+  return {row.function}_workspace<{argument}>(*arguments, *context);
 }}
 """
     return f"""\
-#include "natten/cuda/kernel/{kernel_header}.hpp"
+#include "natten/cuda/kernel/{row.header}.hpp"
 {header}#include "natten/cuda/entry.hpp"
 #include "natten/cuda/launch.hpp"
 
@@ -179,7 +177,7 @@ namespace natten::cuda {{
 
 int {row.name}({kind} const* arguments, LaunchContext const* context, char* message, int size) {{
   return report_failure("{row.name}", message, size, [&] {{
-    run_{row.backend}_{row.op}<{argument}>(*arguments, *context, Launcher(*context));
+    run_{row.function}<{argument}>(*arguments, *context, Launcher(*context));
   }});
 }}
 {workspace}
@@ -302,7 +300,9 @@ def main() -> None:
         help="also rows of older architectures, which would have to be asked for by name",
     )
     parser.add_argument(
-        "--select", choices=["emulation"], help="the rows that tests run on the CPU"
+        "--select",
+        choices=["emulation"],
+        help="rows for the CPU: those that tests want, all of a plug-in's",
     )
     parser.add_argument("--only", default="", help="regular expression of the rows' names")
     parser.add_argument("--table", type=Path, help="Python file with the CUDA_ROWS of a plug-in")
@@ -324,7 +324,8 @@ def main() -> None:
         chosen = [
             (row, archs)
             for row, archs in chosen
-            if (emulated(row) if on_host else archs) and re.search(arguments.only, row.name)
+            if (arguments.table or emulated(row) if on_host else archs)
+            and re.search(arguments.only, row.name)
         ]
         if not chosen:
             parser.error(f"no row that is wanted is for any of the architectures {archs}")

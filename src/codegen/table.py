@@ -173,7 +173,7 @@ class CudaRow:
     """A kernel that runs on an NVIDIA GPU.
 
     Attributes:
-        backend: Its family: the function template is ``run_<backend>_<op>`` in ``natten/cuda/kernel``.
+        backend: Its family.
         op: What it computes, a key of ``OPS``.
         dtype: Storage type of the tensors, a key of ``generate.CUDA_STORAGE``.
         policy: What it is written for.
@@ -199,6 +199,18 @@ class CudaRow:
             return f"{self.backend}_{self.op}_{self.dtype}_cuda"
         shape = f"d{self.max_head_dim}_{self.own}x{self.streamed}"
         return f"{self.backend}_{self.op}_{self.dtype}_{self.policy.id.lower()}_{shape}"
+
+    @property
+    def function(self) -> str:
+        """The function template is called ``run_<function>``. A sum over weights needs no matrix product."""
+        return self.op if self.op == "rpb_gradient" else f"{self.backend}_{self.op}"
+
+    @property
+    def header(self) -> str:
+        """Where it lives, in ``natten/cuda/kernel``."""
+        if self.backend == "naive":
+            return "naive_unfused" if self.op in UNFUSED_OPS else "naive"
+        return self.function.removesuffix("_transposed")
 
 
 # (own, streamed, stages) of each head-dim bucket: what fits in the shared memory of every architecture of the policy
@@ -233,15 +245,31 @@ CUDA_ROWS = (
         for head_dim, tile in buckets.items()
     ),
     *(
+        CudaRow("gemm", op, dtype, policy, head_dim, *tile)
+        for op in ("qk", "av", "av_transposed")
+        for (policy, dtypes), buckets in _FORWARD_TILES.items()
+        for dtype in dtypes.split()
+        for head_dim, tile in buckets.items()
+    ),
+    *(
+        CudaRow("gemm", "rpb_gradient", dtype, ANY_ARCH, ANY_HEAD_DIM)
+        for dtype in ("f32", "bf16", "f16")
+    ),
+    *(
         CudaRow("naive", op, dtype, ANY_ARCH, ANY_HEAD_DIM)
-        for op, dtype in product(("forward", "backward"), ("f64", "f32", "bf16", "f16"))
+        for op, dtype in product(OPS, ("f64", "f32", "bf16", "f16"))
     ),
 )
 
 
 def emulated(row: CudaRow) -> bool:
-    """Whether the tests run this row on the CPU: each policy and type at one head dim, and two of them at all."""
+    """Whether the tests run this row on the CPU: each policy and type at one head dim, and two of them at all.
+
+    Of the unfused ones only at the largest, too, where groups of threads share the columns of a sum.
+    """
     at_all = (row.policy is SM80 and row.dtype == "f16") or (
         row.policy is SM50 and row.dtype == "f32" and row.op == "forward"
     )
+    if row.backend == "gemm":
+        at_all = at_all and row.max_head_dim == 256
     return row.max_head_dim == 32 or row.policy is ANY_ARCH or at_all

@@ -3,6 +3,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -72,6 +73,15 @@ void load_own(Registry& registry) {
   }
 }
 
+// Before the kernels of its kind that would pad as much or more: a row for head dim 96 does not take problems of 64.
+std::list<Kernel>::const_iterator place_of(Kernel const& kernel, std::list<Kernel> const& table) {
+  auto const place = std::find_if(table.begin(), table.end(), [&](Kernel const& row) {
+    return row.op == kernel.op && row.dtype == kernel.dtype && row.max_head_dim >= kernel.max_head_dim &&
+           std::strcmp(row.backend, kernel.backend) == 0 && std::strcmp(row.isa, kernel.isa) == 0;
+  });
+  return place == table.end() ? table.begin() : place;
+}
+
 }  // namespace
 
 std::list<Kernel> const& kernels() { return Registry::instance().kernels; }
@@ -97,7 +107,6 @@ void load_kernels(std::string const& path) {
     }
   }
   add(registry, path, library);
-  auto const front = registry.kernels.begin();
   for (int i = 0; i < library.num_kernels; ++i) {
     cuda::KernelInfo const& info = library.kernels[i];
     Kernel kernel{};
@@ -109,7 +118,7 @@ void load_kernels(std::string const& path) {
     kernel.max_head_dim = info.max_head_dim;
     kernel.cuda = {true,          library.on_host != 0, info.is_tf32 != 0,   info.min_arch,
                    info.max_arch, info.own_tokens,      info.streamed_tokens};
-    registry.kernels.insert(front, kernel);
+    registry.kernels.insert(place_of(kernel, registry.kernels), kernel);
   }
 }
 

@@ -12,8 +12,9 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
-#include "natten/cpu/naive.hpp"
+#include "natten/cpu/naive_unfused.hpp"
 #include "natten/cuda/library.hpp"
 #include "problems.hpp"
 
@@ -52,17 +53,40 @@ struct Free {
   void operator()(void* memory) const { std::free(memory); }
 };
 
-// Runs `call(message)`, of an entry point; throws what it reports.
-template <class Call>
-void must_succeed(Call const& call) {
+class Report {
+ public:
+  Report(KernelInfo const& kernel, int number) : kernel_(kernel), number_(number) {}
+
+  void compare(char const* name, Array const& result, Array const& expected) {
+    double const difference = result.difference(expected);
+    if (difference <= tolerance(kernel_)) return;
+    std::printf("%s: problem %d: %s off by %g\n", kernel_.name, number_, name, difference);
+    passed_ = false;
+  }
+  bool passed() const { return passed_; }
+
+ private:
+  KernelInfo const& kernel_;
+  int number_;
+  bool passed_ = true;
+};
+
+// Runs the kernel by its entry point.
+template <class Arguments>
+void run(cuda::Entry<Arguments> const& entry, Arguments const& arguments, LaunchContext context) {
+  std::unique_ptr<void, Free> workspace;
+  if (entry.workspace_bytes != nullptr) {
+    constexpr std::int64_t kAlignment = 256;
+    std::int64_t const bytes = entry.workspace_bytes(&arguments, &context);
+    workspace.reset(std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment));
+    std::memset(workspace.get(), 0xff, bytes);
+    context.workspace = workspace.get();
+  }
   char message[1024] = "";
-  if (call(message, int(sizeof(message))) != 0) throw std::runtime_error(message);
+  if (entry.run(&arguments, &context, message, int(sizeof(message))) != 0) throw std::runtime_error(message);
 }
 
-bool passes(KernelInfo const& kernel, int number) {
-  generator.seed(number);
-  // Several tiles each way, which have about 64 tokens.
-  Problem const problem = random_problem(kernel.dtype, std::min(kernel.max_head_dim, 512), {300, 16, 7});
+void check_fused(KernelInfo const& kernel, Problem const& problem, LaunchContext const& context, Report& report) {
   Shapes const shapes(problem);
   Inputs const inputs(shapes), cotangents(shapes);
   Problem wide_problem = problem;
@@ -71,38 +95,64 @@ bool passes(KernelInfo const& kernel, int number) {
   Results wide(Shapes(wide_problem), Array::Fill::kNan), results(shapes, Array::Fill::kNan);
 
   cpu::naive_forward<double>(forward_arguments(wide_problem, wide_inputs, wide));
-  LaunchContext context;
-  context.by_query = random_tiles(kernel, problem.rank);
-  context.by_key = random_tiles(kernel, problem.rank);
-  if (number % 4 >= 2) context.max_blocks = 3;  // which go on with other items
-  std::unique_ptr<void, Free> workspace;
   if (kernel.op == Op::kForward) {
-    ForwardArguments const f = forward_arguments(problem, inputs, results);
-    must_succeed([&](char* message, int size) { return kernel.forward.run(&f, &context, message, size); });
+    run(kernel.forward, forward_arguments(problem, inputs, results), context);
   } else {
     results.output = wide.output.converted(problem.dtype);
     results.lse = wide.lse.converted(shapes.wide);
     cpu::naive_backward<double>(backward_arguments(wide_problem, wide_inputs, wide_cotangents, wide));
-    BackwardArguments const b = backward_arguments(problem, inputs, cotangents, results);
-    if (kernel.backward.workspace_bytes != nullptr) {
-      constexpr std::int64_t kAlignment = 256;
-      std::int64_t const bytes = kernel.backward.workspace_bytes(&b, &context);
-      workspace.reset(std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment));
-      std::memset(workspace.get(), 0xff, bytes);
-      context.workspace = workspace.get();
-    }
-    must_succeed([&](char* message, int size) { return kernel.backward.run(&b, &context, message, size); });
+    run(kernel.backward, backward_arguments(problem, inputs, cotangents, results), context);
   }
-
-  bool all = true;
   compare_results(problem, results, wide, [&](char const* name, Array const& a, Array const& b) {
     if (kernel.op == Op::kForward && name != std::string("output") && name != std::string("lse")) return;
-    double const difference = a.difference(b);
-    if (difference <= tolerance(kernel)) return;
-    std::printf("%s: problem %d: %s off by %g\n", kernel.name, number, name, difference);
-    all = false;
+    report.compare(name, a, b);
   });
-  return all;
+}
+
+void run_on_cpu(Op op, UnfusedArguments const& arguments) {
+  switch (op) {
+    case Op::kQk:
+      return cpu::naive_qk<double>(arguments);
+    case Op::kAv:
+      return cpu::naive_av<double>(arguments);
+    case Op::kAvTransposed:
+      return cpu::naive_av_transposed<double>(arguments);
+    default:
+      return cpu::naive_rpb_gradient<double>(arguments);
+  }
+}
+
+void check_unfused(KernelInfo const& kernel, Problem const& problem, LaunchContext const& context, Report& report) {
+  Shapes const shapes(problem);
+  Problem wide_problem = problem;
+  wide_problem.dtype = DType::kFloat64;
+  UnfusedTensors tensors(shapes, Array::Fill::kRandom);
+  // Slots without a key hold NaN: nothing may read them.
+  UnfusedTensors marks = tensors.widened();
+  cpu::naive_qk<double>(unfused_arguments(wide_problem, Op::kQk, marks, NAN));
+  tensors.weights.poison(marks.weights);
+  UnfusedTensors wide = tensors.widened();
+
+  UnfusedTensors nothing(shapes, Array::Fill::kNan);
+  std::swap(tensors.result_of(kernel.op), nothing.result_of(kernel.op));
+  double const unused = random_int(0, 1) ? -INFINITY : 0;
+  run_on_cpu(kernel.op, unfused_arguments(wide_problem, kernel.op, wide, unused));
+  run(kernel.unfused, unfused_arguments(problem, kernel.op, tensors, unused), context);
+  report.compare("result", tensors.result_of(kernel.op), wide.result_of(kernel.op));
+}
+
+bool passes(KernelInfo const& kernel, int number) {
+  generator.seed(number);
+  // Several tiles each way, which have about 64 tokens.
+  Problem const problem = random_problem(kernel.dtype, std::min(kernel.max_head_dim, 512), {300, 16, 7});
+  LaunchContext context;
+  context.by_query = random_tiles(kernel, problem.rank);
+  context.by_key = random_tiles(kernel, problem.rank);
+  if (number % 4 >= 2) context.max_blocks = 3;  // which go on with other items
+  Report report(kernel, number);
+  bool const is_fused = kernel.op == Op::kForward || kernel.op == Op::kBackward;
+  (is_fused ? check_fused : check_unfused)(kernel, problem, context, report);
+  return report.passed();
 }
 
 }  // namespace

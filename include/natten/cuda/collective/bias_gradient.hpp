@@ -13,7 +13,8 @@ struct BiasGradient {
   static constexpr int kBytes = kOwn * kPitch * int(sizeof(float));
 
   // Adds the elements of d_scores (rows, columns) to `table`, the block's own. Queries are owned, keys streamed. All
-  // threads call it; `holds_scores`: this one's are not another's too.
+  // threads call it, once a tile of stream_tiles, whose barriers keep the
+  // calls apart; `holds_scores`: this one's are not another's too.
   template <class Scores, class Coordinates, class State>
   CUTE_DEVICE static void add(Scores const& d_scores, Coordinates const& coordinates, State const& state,
                               int const (&origin)[kMaxRank], Problem const& problem, BiasIndex const& bias,
@@ -55,25 +56,27 @@ struct BiasGradient {
       }
       table[entry] += sum;
     }
-    __syncthreads();  // the tile may be laid down anew, and another thread may own the entry then
   }
 };
 
 // d_rpb [heads, entries] = sum over the blocks' tables [tables / heads, heads, entries], in their order.
+template <class Real>
 struct SumBiasTables {
   static constexpr int kThreads = 256;
   static constexpr int kMinBlocks = 1;
   struct Params {
-    float const* tables;
-    float* sum;
+    Real const* tables;
+    Real* sum;
     std::int64_t size;  // heads * entries
     std::int64_t parts;
   };
 
+  static std::int64_t blocks(std::int64_t size) { return (size + kThreads - 1) / kThreads; }
+
   CUTE_DEVICE void operator()(Params const& p, char*) const {
     std::int64_t const i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
     if (i >= p.size) return;
-    float sum = 0;
+    Real sum = 0;
     for (std::int64_t part = 0; part < p.parts; ++part) sum += p.tables[part * p.size + i];
     p.sum[i] = sum;
   }

@@ -58,9 +58,10 @@ void run_fna_backward(BackwardArguments const& arguments, LaunchContext const& c
   differentiate(FnaGradient<Policy, Side::kQuery>{}, workspace.bias_tables);
   differentiate(FnaGradient<Policy, Side::kKey>{}, nullptr);
   if (workspace.bias_tables != nullptr) {
-    SumBiasTables::Params sum{workspace.bias_tables, static_cast<float*>(arguments.d_rpb), 0, workspace.parts};
+    using Sum = SumBiasTables<float>;
+    Sum::Params sum{workspace.bias_tables, static_cast<float*>(arguments.d_rpb), 0, workspace.parts};
     sum.size = std::int64_t{arguments.problem.heads} * BiasIndex::make(arguments.problem).entries;
-    launch(SumBiasTables{}, sum, (sum.size + SumBiasTables::kThreads - 1) / SumBiasTables::kThreads, 0);
+    launch(Sum{}, sum, Sum::blocks(sum.size), 0);
   }
 }
 

@@ -6,6 +6,7 @@
 #include "natten/cuda/collective/multiply.hpp"
 #include "natten/cuda/collective/product.hpp"
 #include "natten/cuda/collective/scores.hpp"
+#include "natten/cuda/collective/stream.hpp"
 
 namespace natten::cuda {
 
@@ -106,32 +107,14 @@ struct FnaForward {
         view_of<Side::kQuery, Element>(params.query, problem, own, own.head), own.tokens, own.origin, problem.head_dim,
         params.query_vectors, shared, thread);
 
-    // Step 2j brings the keys of tile j, step 2j + 1 its values. A step's load is issued kStages - 1 steps ahead.
-    Cursor ahead = state.first_tile();
-    auto const issue = [&](int step) {
-      if (step < 2 * state.tiles) {
-        Walk const& walk = state.walk_of(ahead);
-        bool const is_value = step & 1;
-        load_tile<StreamedTile, Policy, kThreads, Element, kStreamed, kHeadDim>(
-            is_value ? walk.second : walk.first, walk.tokens, ahead.origin,
-            is_value ? problem.head_dim_value : problem.head_dim, is_value ? walk.vectors_second : walk.vectors_first,
-            slot(shared, step), thread);
-        if (is_value) state.next_tile(ahead);
-      }
-      Policy::commit();
-    };
-    for (int step = 0; step < kStages - 1; ++step) issue(step);
-    auto const arrive = [&](int step) {  // step's tile is there, and the one before it no longer read
-      if constexpr (kStages == 1) {
-        __syncthreads();
-        issue(step);
-        Policy::template wait<0>();
-        __syncthreads();
-      } else {
-        Policy::template wait<kStages - 2>();
-        __syncthreads();
-        issue(step + kStages - 1);
-      }
+    // Step 2j brings the keys of tile j, step 2j + 1 its values.
+    auto const load = [&](int step, Cursor const& at) {
+      Walk const& walk = state.walk_of(at);
+      bool const is_value = step & 1;
+      load_tile<StreamedTile, Policy, kThreads, Element, kStreamed, kHeadDim>(
+          is_value ? walk.second : walk.first, walk.tokens, at.origin,
+          is_value ? problem.head_dim_value : problem.head_dim, is_value ? walk.vectors_second : walk.vectors_first,
+          slot(shared, step), thread);
     };
 
     auto const coordinates = score_coordinates<Policy>(thread);
@@ -148,11 +131,10 @@ struct FnaForward {
     float const* const bias =
         params.rpb == nullptr ? nullptr : params.rpb + std::int64_t{own.head} * params.bias.entries;
 
-    Cursor cursor = state.first_tile();
-    for (int tile = 0; tile < state.tiles; ++tile) {
+    stream_tiles<Policy, 2>(state, load, [&](int tile, Cursor const& cursor, auto const& arrive) {
       Walk const& walk = state.walk_of(cursor);
       bool const in_window = cursor.lap == 0;
-      arrive(2 * tile);
+      arrive();
       auto scores = make_accumulator<typename Policy::Mma, kOwn, kStreamed>();
       multiply_tokens<Policy>(scores, shared, slot(shared, 2 * tile), thread);
       auto scores_rows = make_tensor(scores.data(), Policy::rows_by_columns(scores.layout()));
@@ -178,12 +160,9 @@ struct FnaForward {
         CUTE_UNROLL
         for (int c = 0; c < size<1>(output_rows); ++c) output_rows(r, c) *= correction;
       }
-      arrive(2 * tile + 1);
+      arrive();
       multiply_scores<Policy>(output, scores, slot(shared, 2 * tile + 1), shared + kScoresBegin, thread);
-      state.next_tile(cursor);
-    }
-    Policy::template wait<0>();
-    __syncthreads();  // the query tile becomes the output's
+    });
 
     TokenView const lse_view = view_of<Side::kQuery, float>(params.lse, problem, own, own.head);
     CUTE_UNROLL

@@ -12,6 +12,7 @@
 #include "natten/cuda/collective/bias_gradient.hpp"
 #include "natten/cuda/collective/product.hpp"
 #include "natten/cuda/collective/scores.hpp"
+#include "natten/cuda/collective/stream.hpp"
 
 namespace natten::cuda {
 
@@ -230,36 +231,25 @@ struct FnaGradient {
                                        params.additional_value_vectors),
              problem.head_dim_value, shared + kSecondBegin);
 
-    // Of one stage it is the tile that is about to be multiplied: another cursor would spill.
-    auto const issue = [&](int tile, Cursor const& at) {
-      if (tile < state.tiles) {
-        Walk const& walk = state.walk_of(at);
-        int const lap = !kOwnsQueries ? at.lap : 0;
-        load_tile<StreamedTile, Policy, kThreads, Element, kStreamed, kHeadDim>(
-            walk.first.template moved<Element>(lap * walk.lap_first), walk.tokens, at.origin, problem.head_dim,
-            walk.vectors_first, first_slot(shared, tile), thread);
-        load_tile<StreamedTile, Policy, kThreads, Element, kStreamed, kHeadDim>(
-            walk.second.template moved<Element>(lap * walk.lap_second), walk.tokens, at.origin, problem.head_dim_value,
-            walk.vectors_second, first_slot(shared, tile) + StreamedTile::kBytes, thread);
-        if constexpr (!kOwnsQueries) {
-          TokenView const lap_lse = walk.lse.template moved<float>(lap * params.lse.stride_head);
-          TokenView const lap_delta = walk.delta.template moved<float>(lap * params.delta.stride_head);
-          for (int i = thread; i < kStreamed; i += kThreads) {
-            Row const row = read_row(lap_lse, lap_delta, walk.tokens, at.origin, i);
-            columns(shared, tile)[i] = row.lse;
-            columns(shared, tile)[kStreamed + i] = row.delta;
-          }
+    auto const load = [&](int tile, Cursor const& at) {
+      Walk const& walk = state.walk_of(at);
+      int const lap = !kOwnsQueries ? at.lap : 0;
+      load_tile<StreamedTile, Policy, kThreads, Element, kStreamed, kHeadDim>(
+          walk.first.template moved<Element>(lap * walk.lap_first), walk.tokens, at.origin, problem.head_dim,
+          walk.vectors_first, first_slot(shared, tile), thread);
+      load_tile<StreamedTile, Policy, kThreads, Element, kStreamed, kHeadDim>(
+          walk.second.template moved<Element>(lap * walk.lap_second), walk.tokens, at.origin, problem.head_dim_value,
+          walk.vectors_second, first_slot(shared, tile) + StreamedTile::kBytes, thread);
+      if constexpr (!kOwnsQueries) {
+        TokenView const lap_lse = walk.lse.template moved<float>(lap * params.lse.stride_head);
+        TokenView const lap_delta = walk.delta.template moved<float>(lap * params.delta.stride_head);
+        for (int i = thread; i < kStreamed; i += kThreads) {
+          Row const row = read_row(lap_lse, lap_delta, walk.tokens, at.origin, i);
+          columns(shared, tile)[i] = row.lse;
+          columns(shared, tile)[kStreamed + i] = row.delta;
         }
       }
-      Policy::commit();
     };
-    Cursor cursor = state.first_tile();
-    [[maybe_unused]] Cursor ahead = cursor;
-    auto const issue_ahead = [&](int tile) {
-      issue(tile, ahead);
-      if (tile < state.tiles) state.next_tile(ahead);
-    };
-    for (int tile = 0; tile < kStages - 1; ++tile) issue_ahead(tile);
 
     auto const coordinates = score_coordinates<Policy>(thread);
     constexpr int kRows = decltype(size<0>(coordinates))::value;
@@ -276,19 +266,10 @@ struct FnaGradient {
     auto d_first = make_accumulator<typename Policy::MmaTransposed, kOwn, kHeadDim>();
     auto d_second = make_accumulator<typename Policy::MmaTransposed, kOwn, kHeadDim>();
 
-    for (int tile = 0; tile < state.tiles; ++tile) {
+    stream_tiles<Policy>(state, load, [&](int tile, Cursor const& cursor, auto const& arrive) {
       Walk const& walk = state.walk_of(cursor);
       bool const has_bias = params.rpb != nullptr && !walk.is_dense;
-      if constexpr (kStages == 1) {
-        __syncthreads();
-        issue(tile, cursor);
-        Policy::template wait<0>();
-        __syncthreads();
-      } else {
-        Policy::template wait<kStages - 2>();
-        __syncthreads();
-        issue_ahead(tile + kStages - 1);
-      }
+      arrive();
       char* const first = first_slot(shared, tile);
       char* const second = first + StreamedTile::kBytes;
 
@@ -328,11 +309,9 @@ struct FnaGradient {
                         table, thread < Policy::kScoreThreads, thread);
         }
       }
-      state.next_tile(cursor);
-    }
-    Policy::template wait<0>();
-    __syncthreads();  // the own tiles become the gradients'
+    });
 
+    // The own tiles become the gradients'.
     auto const store_own = [&](auto const& accumulator, OwnTensor const& tensor, int head_dim, char* tile) {
       store_accumulator<Policy>(accumulator, tile, tensor.view, own, head_dim, tensor.vectors, thread);
     };
