@@ -24,9 +24,16 @@ class Slots(NamedTuple):
     counted: Tensor  # [query, slot] whether there is a key, or a missing one that counts
 
 
-@functools.lru_cache(maxsize=512)
 def slots(problem: Problem) -> Slots:
-    """Query by query and slot by slot."""
+    """What is in them, on the device that tensors are made on."""
+    table = _slots(problem).to(torch.get_default_device())
+    keys, entries, present, counted = table.unbind(-1)
+    return Slots(keys, entries, present.bool(), counted.bool())
+
+
+@functools.lru_cache(maxsize=512)
+def _slots(problem: Problem) -> Tensor:
+    """Query by query and slot by slot; on the CPU."""
     rows = []
     for query in itertools.product(*(problem._queries(i) for i in range(len(problem.grid)))):
         windows = [
@@ -59,9 +66,7 @@ def slots(problem: Problem) -> Slots:
             row.append((key, entry, True, counted) if present else (0, 0, False, counted))
         rows.append(row)
     shape = (-1, math.prod(problem.kernel_size), 4)
-    table = torch.tensor(rows, dtype=torch.int64).reshape(shape)
-    keys, entries, present, counted = table.unbind(-1)
-    return Slots(keys, entries, present.bool(), counted.bool())
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(shape)
 
 
 def heads_first(operands):

@@ -24,8 +24,8 @@ class Policy:
 
     Attributes:
         backend: That name, such as "fna:x86-64-v3" or "fna:Sm80".
-        kernels: Those of the forward pass.
-        max_head_dim: The largest that kernels of both passes hold.
+        kernels: Those of the op.
+        max_head_dim: The largest that kernels of it and of its gradients hold.
         precision: Type with as many digits as the products have: that of the tensors, but for TF32 float16.
         multiplies_tiles: Whether products take whole tiles, weights of 0 included: NaN and inf reach more than attends
             to them.
@@ -44,32 +44,36 @@ class Policy:
         return f"{self.backend}-{str(self.dtype).removeprefix('torch.')}".replace(":", "-")
 
 
-def policies(where: str = "") -> list[Policy]:
-    """Of the table for "cpu", "cuda" or "emulation" (by default, of the device that tests run on)."""
+def policies(where: str = "", op: str = "forward") -> list[Policy]:
+    """Of the table for "cpu", "cuda" or "emulation" (by default, of the device that tests run on).
+
+    `op` is "forward", or "qk" for those of the unfused ops.
+    """
     where = where or DEVICE.type
+    ops = ("forward", "backward") if op == "forward" else ("qk", "av", "av_transposed")
     groups: dict[tuple[str, str], list[_C.Kernel]] = {}
     for kernel in _C.kernels(where):
-        if kernel.op in ("forward", "backward"):
+        if kernel.op in ops:
             name = f"{kernel.backend}:{kernel.isa}"
             groups.setdefault((name, kernel.dtypes[0]), []).append(kernel)
-    return [_policy(backend, dtype, rows, where) for (backend, dtype), rows in groups.items()]
+    return [_policy(op, backend, dtype, rows, where) for (backend, dtype), rows in groups.items()]
 
 
-def emulated_policies() -> list[Policy]:
+def emulated_policies(op: str = "forward") -> list[Policy]:
     """Those of the CUDA kernels for the CPU, loaded if need be; none if they have not been built."""
     if EMULATION.exists() and not _C.kernels("emulation"):
         natten.load_kernels(EMULATION)
-    return policies("emulation")
+    return policies("emulation", op)
 
 
-def _policy(backend: str, dtype: str, rows: list[_C.Kernel], where: str) -> Policy:
+def _policy(op: str, backend: str, dtype: str, rows: list[_C.Kernel], where: str) -> Policy:
     largest: dict[str, int] = {}
     for kernel in rows:
         largest[kernel.op] = max(kernel.max_head_dim, largest.get(kernel.op, 0))
     problem = _C.Problem(dtype, (8, 3, 1, 1, 0, 0, 0, 0, 8, 0, 8), 1, 1, 1, 8, 8, 0, False, 1.0)
     arch = _dispatch.arch_of(DEVICE) if where == "cuda" else 0
-    names = tuple(kernel.name for kernel in rows if kernel.op == "forward")
-    found = _C.candidates(problem, "forward", backend, "", arch)
+    names = tuple(kernel.name for kernel in rows if kernel.op == op)
+    found = _C.candidates(problem, op, backend, "", arch)
     reasons = [why for kernel, why in found if kernel.name in names]
     return Policy(
         backend=backend,

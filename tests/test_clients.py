@@ -22,7 +22,6 @@ from tests.oracle import assert_close
 from tests.test_compat import plain
 
 pytestmark = [
-    pytest.mark.cpu,  # unfused ops have no CUDA kernels yet
     pytest.mark.filterwarnings("ignore:.* is an old name:DeprecationWarning"),
 ]
 

@@ -13,9 +13,6 @@ import natten
 from natten import functional
 from tests.oracle import assert_close
 
-# The unfused ops have no CUDA kernels yet.
-pytestmark = pytest.mark.filterwarnings("ignore:no fast backend runs this problem on cuda")
-
 CLASSES = (
     natten.NeighborhoodAttention1D,
     natten.NeighborhoodAttention2D,

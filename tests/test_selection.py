@@ -79,6 +79,34 @@ def test_every_architecture(arch, kind, op):
         assert kernel.name == f"naive_{op}_{SHORT[dtype]}_cuda"
 
 
+@pytest.mark.parametrize("op", ["qk", "av", "av_transposed"])
+@pytest.mark.parametrize("kind", range(len(KINDS)), ids=["fp16", "bf16", "fp32", "tf32"])
+@pytest.mark.parametrize("arch", POLICIES)
+def test_unfused_ops_of_every_architecture(arch, kind, op):
+    """The same policies, by backend gemm; naive where fused attention has it."""
+    dtype, allow_tf32 = KINDS[kind]
+    for head_dim in HEAD_DIMS:
+        kernel = chosen(op, dtype, head_dim, head_dim, allow_tf32, arch)
+        bucket = next(size for size in BUCKETS if size >= head_dim)
+        assert (kernel.backend, kernel.op, kernel.isa) == ("gemm", op, POLICIES[arch][kind])
+        assert kernel.max_head_dim == bucket
+    assert chosen(op, dtype, 257, 257, allow_tf32, arch).backend == "naive"
+    assert chosen(op, torch.float64, 64, 64, allow_tf32, arch).backend == "naive"
+
+
+@pytest.mark.parametrize("name", ["gemm:Sm80", "gemm:Sm70"])
+def test_kernels_alike_on_all_architectures_belong_to_every_policy(name):
+    half = problem(torch.float16, 64, 64, False)
+    rows = _C.candidates(half, "rpb_gradient", name, "", 86, True)
+    able = [kernel for kernel, reasons in rows if not reasons]
+    assert [(kernel.backend, kernel.isa) for kernel in able] == [("gemm", "naive")]
+    # But not to the CPU's instruction sets, nor to another backend.
+    (isa, *_) = _C.cpu_isas()
+    for other in (f"gemm:{isa}", "fna:Sm80"):
+        rows = _C.candidates(half, "rpb_gradient", other, "")
+        assert not any(kernel.is_cuda for kernel, _ in rows)
+
+
 def test_the_readme_says_the_same():
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     rows = re.findall(r"^\| SM(\d+)(?: to SM(\d+))?: [\w, ]+ \| (.*) \|$", readme, re.MULTILINE)

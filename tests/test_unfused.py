@@ -16,7 +16,7 @@ from tests import oracle, oracle_unfused
 from tests.cases import random_problem
 from tests.oracle import FLOOR, assert_close
 
-pytestmark = pytest.mark.cpu  # unfused ops have no CUDA kernels yet
+pytestmark = pytest.mark.cpu  # tests/test_unfused_policies.py has the kernels for GPUs
 
 OPS = {"qk", "av", "av_transposed", "rpb_gradient"}
 # Of the unfused ops, compiled in.
@@ -103,18 +103,22 @@ def run(function, tensors, at_empty=math.nan):
     inputs = [None if t is None else t.detach().requires_grad_() for t in tensors]
     result = function(*inputs)
     generator = torch.Generator().manual_seed(0)
-    cotangent = torch.randn(result.shape, generator=generator, dtype=torch.float64).to(result)
+    settings = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+    cotangent = torch.randn(result.shape, **settings).to(result)
     cotangent = cotangent.masked_fill(result.detach() == -math.inf, at_empty)
     present = [t for t in inputs if t is not None]
     gradients = iter(torch.autograd.grad(result, present, cotangent))
     return [result.detach(), *(None if t is None else next(gradients) for t in inputs)]
 
 
-def check(results, function, operands):
-    """Each result within twice the error of brute force, `function`, in the same type, plus a floor."""
-    dtype = operands[0].dtype
+def check(results, function, operands, precision=None):
+    """Each result within twice the error of brute force, `function`, plus a floor.
+
+    That is computed in the same type, or in `precision`.
+    """
+    dtype = precision or operands[0].dtype
     exact = run(function, doubled(operands), at_empty=0)
-    lossy = run(function, operands, at_empty=0)
+    lossy = run(function, [None if t is None else t.to(dtype) for t in operands], at_empty=0)
     for i, (result, right, rough) in enumerate(zip(results, exact, lossy, strict=True)):
         assert (result is None) == (right is None)
         if right is None or right.numel() == 0:
@@ -134,24 +138,17 @@ def on(device, tensors):
     return [None if t is None else t.to(device) for t in tensors]
 
 
-# Values and gradients ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("backend", "dtype"), COMBINATIONS)
-@pytest.mark.parametrize(("features", "seed"), CASES)
-def test_qk(features, seed, backend, dtype, device):
-    problem = random(features, seed)
+def check_qk(problem, backend, dtype, device="cpu", precision=None):
+    """Weights and their gradients against brute force."""
     query, key, _, more, _, rpb = oracle_unfused.heads_first(problem.operands(dtype))
     operands = query, key, more, rpb
     results = run(lambda *t: qk(problem, *t, backend=backend), on(device, operands))
     assert results[0].dtype == dtype
-    check(results, lambda *t: oracle_unfused.qk(problem, *t), operands)
+    check(results, lambda *t: oracle_unfused.qk(problem, *t), operands, precision)
 
 
-@pytest.mark.parametrize(("backend", "dtype"), COMBINATIONS)
-@pytest.mark.parametrize(("features", "seed"), CASES)
-def test_av(features, seed, backend, dtype, device):
-    problem = random(features, seed)
+def check_av(problem, backend, dtype, device="cpu", precision=None):
+    """Weighted sums and their gradients against brute force."""
     query, key, value, more_keys, more, rpb = oracle_unfused.heads_first(problem.operands(dtype))
     logits = oracle_unfused.qk(problem, *doubled((query, key, more_keys, rpb)))
     attn = (logits * problem.head_dim**-0.5).softmax(-1).to(dtype)
@@ -162,8 +159,23 @@ def test_av(features, seed, backend, dtype, device):
     filled = attn.masked_fill(~present, math.nan)
     given = on(device, (filled, value, more))
     results = run(lambda *t: av(problem, *t, backend=backend), given)
-    check(results, lambda *t: oracle_unfused.av(problem, *t), (attn, value, more))
+    check(results, lambda *t: oracle_unfused.av(problem, *t), (attn, value, more), precision)
     assert (results[1].cpu()[~present.expand_as(attn)] == 0).all()
+
+
+# Values and gradients ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("backend", "dtype"), COMBINATIONS)
+@pytest.mark.parametrize(("features", "seed"), CASES)
+def test_qk(features, seed, backend, dtype):
+    check_qk(random(features, seed), backend, dtype)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), COMBINATIONS)
+@pytest.mark.parametrize(("features", "seed"), CASES)
+def test_av(features, seed, backend, dtype):
+    check_av(random(features, seed), backend, dtype)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -22,7 +22,6 @@ from tests.test_unfused import COMPILED, av, halves, qk, random
 
 # torch's own code under compile, export and vmap warns of things that are not ours; nested tensors, of being new.
 pytestmark = [
-    pytest.mark.cpu,  # unfused ops have no CUDA kernels yet
     pytest.mark.filterwarnings(
         "ignore::DeprecationWarning:torch",
         "ignore::FutureWarning:torch",
@@ -343,7 +342,7 @@ def test_autocast(dtype):
     query, key, value, more_keys, more_values, rpb = heads_first(FULL, torch.float32)
     low = [t.to(dtype) for t in (query, key, value, more_keys, more_values)]
     attn = qk(FULL, low[0], low[1], low[3], rpb)
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(torch.get_default_device().type, dtype=dtype):
         result = qk(FULL, query, key, more_keys, rpb)
         assert result.dtype == dtype
         assert torch.equal(result, attn)
@@ -351,7 +350,7 @@ def test_autocast(dtype):
         output = av(FULL, weights, value, more_values)
     assert torch.equal(output, av(FULL, weights.to(dtype), low[2], low[4]))
     inputs = leaves((query, key, value, more_keys, more_values, rpb))
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(torch.get_default_device().type, dtype=dtype):
         output = halves(FULL)(*inputs)[0]
     for gradient, tensor in zip(torch.autograd.grad(output.sum(), inputs), inputs, strict=True):
         assert gradient.dtype == tensor.dtype
@@ -359,7 +358,7 @@ def test_autocast(dtype):
 
 def test_autocast_leaves_float64_alone():
     query, key, value, *_ = heads_first(FULL, torch.float64)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         attn = qk(FULL, query, key)
         assert attn.dtype == torch.float64
         assert av(FULL, attn, value).dtype == torch.float64

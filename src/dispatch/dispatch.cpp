@@ -174,12 +174,29 @@ std::vector<std::string> reasons(Kernel const& kernel, Problem const& problem, D
   return why;
 }
 
+namespace {
+
+// Whether `backend` is the name of this kernel, or of its policy or ISA. CUDA kernels that are alike on all architectures
+// belong to every policy of their backend.
+bool is_named_by(std::string const& backend, Kernel const& kernel) {
+  constexpr char const* kAnyArch = "naive";
+  auto const policy_of = [](Kernel const& row) { return row.backend + std::string(":") + row.isa; };
+  if (backend == kernel.name || backend == policy_of(kernel)) return true;
+  bool const is_alike = kernel.cuda.is_cuda && kernel.isa == std::string(kAnyArch);
+  if (!is_alike || backend.rfind(kernel.backend + std::string(":"), 0) != 0) return false;
+  auto const& table = kernels();
+  return std::any_of(table.begin(), table.end(),
+                     [&](Kernel const& row) { return row.cuda.is_cuda && backend == policy_of(row); });
+}
+
+}  // namespace
+
 std::vector<Candidate> candidates(Problem const& problem, Op op, std::string const& backend, Device const& device) {
   Device resolved = device;
   if (device.arch == 0) resolved.isa = resolve_isa(device.isa);
   std::vector<Candidate> list;
   for (Kernel const& kernel : kernels()) {
-    bool const is_named = backend == kernel.name || backend == kernel.backend + std::string(":") + kernel.isa;
+    bool const is_named = is_named_by(backend, kernel);
     if (kernel.op != op || (backend != "auto" && backend != kernel.backend && !is_named)) continue;
     if (!is_named && (kernel.cuda.is_emulated || kernel.cuda.is_cuda != (device.arch != 0))) continue;
     list.push_back({&kernel, reasons(kernel, problem, resolved, is_named)});
