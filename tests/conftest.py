@@ -24,6 +24,10 @@ def pytest_configure(config: pytest.Config) -> None:
         policies.use_device(config.getoption("--device"))
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
+    if policies.DEVICE.type == "cuda":
+        for category in ("UserWarning", "DeprecationWarning", "FutureWarning"):
+            # Torch's compiler has advice for GPUs, on TF32 and the number of multiprocessors, say.
+            config.addinivalue_line("filterwarnings", f"ignore::{category}:torch")
 
 
 @pytest.fixture(autouse=True)
