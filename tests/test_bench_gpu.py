@@ -123,8 +123,10 @@ def test_measure(monkeypatch: pytest.MonkeyPatch) -> None:
     effort = Effort(rounds=1, burst=0.0, budget=0.0)
     rows = measure(problem, (FORWARD, FORWARD_BACKWARD), tuple(methods), effort)
     for row in rows:
-        assert set(row.seconds) == {OURS, "sdpa mask", "gather", DENSE}
-        assert set(row.missing) == {"fna:Sm80Simt", "fna:Sm50"}
+        # The policies' kernels are not here, unless other tests have loaded emulated ones.
+        assert set(row.seconds) - set(methods) == {OURS}
+        assert {"sdpa mask", "gather", DENSE} <= set(row.seconds)
+        assert set(row.missing) == set(methods) - set(row.seconds)
         assert row.share_of_peak == pytest.approx(row.flops / row.seconds[OURS] / 1e12)
         assert row.times_dense == pytest.approx(row.seconds[DENSE] / row.seconds[OURS])
 
