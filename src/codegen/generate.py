@@ -152,14 +152,11 @@ def cuda_traits(row: CudaRow) -> str:
     )
 
 
-def cuda_instantiation(row: CudaRow) -> str:
-    """The file that compiles one row: its entry points, as natten/cuda/library.hpp describes them."""
-    element = CUDA_STORAGE[row.dtype]
-    if row.policy is ANY_ARCH:
-        header, argument = "", element
-    else:
-        header = f'#include "natten/cuda/policy/{row.policy.header}.hpp"\n'
-        argument = f"{row.policy.id}<{element}, {row.max_head_dim}, {row.own}, {row.streamed}, {row.stages}>"
+def cuda_entry_points(row: CudaRow) -> str:
+    """C++ definitions of a row's entry points, as natten/cuda/library.hpp describes them."""
+    argument = CUDA_STORAGE[row.dtype]
+    if row.policy is not ANY_ARCH:
+        argument = f"{row.policy.id}<{argument}, {row.max_head_dim}, {row.own}, {row.streamed}, {row.stages}>"
     kind = OPS[row.op].arguments
     workspace = ""
     if OPS[row.op].has_workspace:
@@ -168,19 +165,27 @@ std::int64_t {row.name}_workspace({kind} const* arguments, LaunchContext const* 
   return {row.function}_workspace<{argument}>(*arguments, *context);
 }}
 """
-    return f"""\
-#include "natten/cuda/kernel/{row.header}.hpp"
-{header}#include "natten/cuda/entry.hpp"
-#include "natten/cuda/launch.hpp"
-
-namespace natten::cuda {{
-
+    return f"""
 int {row.name}({kind} const* arguments, LaunchContext const* context, char* message, int size) {{
   return report_failure("{row.name}", message, size, [&] {{
     run_{row.function}<{argument}>(*arguments, *context, Launcher(*context));
   }});
 }}
-{workspace}
+{workspace}"""
+
+
+def cuda_unit(rows: list[CudaRow]) -> str:
+    """The file that compiles rows of one unit."""
+    headers = sorted({f"kernel/{row.header}" for row in rows})
+    headers += sorted({f"policy/{row.policy.header}" for row in rows if row.policy is not ANY_ARCH})
+    includes = "\n".join(
+        f'#include "natten/cuda/{header}.hpp"' for header in (*headers, "entry", "launch")
+    )
+    return f"""\
+{includes}
+
+namespace natten::cuda {{
+{"".join(cuda_entry_points(row) for row in rows)}
 }}  // namespace natten::cuda
 """
 
@@ -237,22 +242,23 @@ extern "C" __attribute__((visibility("default"))) natten::cuda::Library const* N
 """
 
 
-def cuda_cmake_lists(rows: list[tuple[CudaRow, list[int]]]) -> str:
-    """Variables for CMake: the rows' files, and the architectures of each."""
-    lines = [f"set(NATTEN_CUDA_ROWS {' '.join(row.name for row, _ in rows)})"]
-    lines += [
-        f"set(NATTEN_CUDA_ARCHS_{row.name} {' '.join(map(str, archs))})" for row, archs in rows
-    ]
-    return "\n".join([*lines, ""])
-
-
 def write_cuda(output: Path, rows: list[tuple[CudaRow, list[int]]], *, on_host: bool) -> None:
-    """Writes the files of a library of CUDA kernels."""
+    """Writes the files of a library of CUDA kernels, and for CMake their names and the architectures of each."""
     output.mkdir(parents=True, exist_ok=True)
-    for row, _ in rows:
-        write_if_different(output / f"{row.name}.cu", cuda_instantiation(row))
+    units: dict[str, list[CudaRow]] = {}
+    archs_of: dict[str, list[int]] = {}
+    for row, archs in rows:
+        units.setdefault(row.unit, []).append(row)
+        archs_of[row.unit] = archs  # a policy's, or all
+    for unit, unit_rows in units.items():
+        write_if_different(output / f"{unit}.cu", cuda_unit(unit_rows))
     write_if_different(output / "library_table.cpp", cuda_library(rows, on_host=on_host))
-    write_if_different(output / "cuda_sources.cmake", cuda_cmake_lists(rows))
+    lines = [f"set(NATTEN_CUDA_UNITS {' '.join(units)})"]
+    lines += [
+        f"set(NATTEN_CUDA_ARCHS_{unit} {' '.join(map(str, archs))})"
+        for unit, archs in archs_of.items()
+    ]
+    write_if_different(output / "cuda_sources.cmake", "\n".join([*lines, ""]))
 
 
 def cmake_lists(rows: list[Row], isas: list[Isa]) -> str:

@@ -193,12 +193,18 @@ class CudaRow:
     stages: int = 0
 
     @property
-    def name(self) -> str:
-        """What it is called: entry point, file, and kernel name at run time."""
+    def unit(self) -> str:
+        """The file that it is compiled in: with all rows of the same tiles, whose products are the same templates."""
         if self.policy is ANY_ARCH:
-            return f"{self.backend}_{self.op}_{self.dtype}_cuda"
-        shape = f"d{self.max_head_dim}_{self.own}x{self.streamed}"
-        return f"{self.backend}_{self.op}_{self.dtype}_{self.policy.id.lower()}_{shape}"
+            return f"{self.dtype}_cuda"
+        return (
+            f"{self.dtype}_{self.policy.id.lower()}_d{self.max_head_dim}_{self.own}x{self.streamed}"
+        )
+
+    @property
+    def name(self) -> str:
+        """What it is called: entry point, and kernel name at run time."""
+        return f"{self.backend}_{self.op}_{self.unit}"
 
     @property
     def function(self) -> str:

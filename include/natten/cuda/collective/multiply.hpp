@@ -7,9 +7,9 @@
 
 namespace natten::cuda {
 
-// Blocks of K that are unrolled: all of up to 8. With all 16 or more of a long row the compiler keeps their addresses in
-// registers, and spills.
-constexpr int unrolled_blocks(int blocks) { return blocks <= 8 ? blocks : 2; }
+// Blocks of K that are unrolled. With all of a long row the compiler keeps their addresses in registers, and spills: a few
+// bytes with 8, more with 16.
+constexpr int unrolled_blocks(int blocks) { return blocks <= 4 ? blocks : blocks <= 8 ? 4 : 2; }
 
 template <class Mma, int kRows, int kColumns>
 CUTE_DEVICE auto make_accumulator() {
