@@ -7,9 +7,9 @@
 
 namespace natten::cuda {
 
-// Blocks of K that are unrolled. With all of a long row the compiler keeps their addresses in registers, and spills: a few
+// Blocks of K that are unrolled. With all of a longer row the compiler keeps their addresses in registers, and spills: a few
 // bytes with 8, more with 16.
-constexpr int unrolled_blocks(int blocks) { return blocks <= 4 ? blocks : blocks <= 8 ? 4 : 2; }
+constexpr int unrolled_blocks(int blocks) { return blocks <= 4 ? blocks : 2; }
 
 template <class Mma, int kRows, int kColumns>
 CUTE_DEVICE auto make_accumulator() {

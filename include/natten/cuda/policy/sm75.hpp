@@ -13,9 +13,6 @@ template <class Element, int kHeadDim, int kOwn, int kStreamed, int kStages>
 struct Sm75 : PolicySizes<Element, kHeadDim, kOwn, kStreamed, kStages>,
               TensorCoreMath<SM75_16x8x8_F32F16F16F32_TN, kOwn, kHeadDim>,
               SynchronousCopy {
-  // With 4 the gradients of head dim 128 would spill 4 bytes.
-  static constexpr int kUnrolledCopies = kHeadDim < 128 ? SynchronousCopy::kUnrolledCopies : 2;
-
   // An accumulator of 16x8 is laid out as an operand of 16x8.
   template <class Layout>
   CUTE_DEVICE static auto as_operand(Layout const& layout) {

@@ -26,6 +26,9 @@ template <class Element, int kHeadDim, int kOwn, int kStreamed, int kStages>
 struct Sm80 : PolicySizes<Element, kHeadDim, kOwn, kStreamed, kStages>,
               TensorCoreMath<typename Sm80Atom<Element>::type, kOwn, kHeadDim>,
               AsynchronousCopy {
+  // Their addresses: with 8, CUDA 11.8 spills 8 bytes in the gradients of head dim 128.
+  static constexpr int kUnrolledCopies = kHeadDim < 128 ? AsynchronousCopy::kUnrolledCopies : 4;
+
   // Accumulators of two neighbouring atoms, 16x8 each, hold what a 16x16 operand wants: ((2, 2), M, (2, N / 2)) is
   // read as ((2, 2, 2), M, N / 2).
   template <class Layout>
