@@ -40,6 +40,7 @@ struct FnaForward {
   static constexpr int kScoresBegin = kRingBegin + kStages * StreamedTile::kBytes;
   static constexpr int kStateBegin = kScoresBegin + score_bytes<Policy>();
   static constexpr int kSharedBytes = kStateBegin + int(sizeof(State));
+  static_assert(kSharedBytes <= Policy::kMaxSharedBytes, "the tiles are too large");
 
   static Params make_params(ForwardArguments const& a, LaunchContext const& context) {
     Params p{};

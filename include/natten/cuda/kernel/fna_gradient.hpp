@@ -58,6 +58,8 @@ struct FnaGradient {
       kColumnsBegin + (!kOwnsQueries ? kStages * 2 * kStreamed * int(sizeof(float)) : 0);
   static constexpr int kBiasBegin = kStateBegin + (int(sizeof(State)) + 15) / 16 * 16;
   using BiasTile = BiasGradient<kOwn, kStreamed, kThreads>;
+  static_assert(kBiasBegin + (kOwnsQueries ? BiasTile::kBytes : 0) <= Policy::kMaxSharedBytes,
+                "the tiles are too large");
 
   static int shared_bytes(Params const& params) {
     return kBiasBegin + (params.d_rpb == nullptr ? 0 : BiasTile::kBytes);

@@ -24,6 +24,7 @@ struct GemmAv {
   static constexpr int kScoresBegin = kTileBytes;
   static constexpr int kStateBegin = kScoresBegin + score_bytes<Policy>();
   static constexpr int kSharedBytes = kStateBegin + int(sizeof(State));
+  static_assert(kSharedBytes <= Policy::kMaxSharedBytes, "the tiles are too large");
 
   CUTE_DEVICE void operator()(Params const& params, char* shared) const {
     State& all = *reinterpret_cast<State*>(shared + kStateBegin);

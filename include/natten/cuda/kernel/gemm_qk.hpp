@@ -22,6 +22,7 @@ struct GemmQk {
   static constexpr int kRingBegin = OwnTile::kBytes;
   static constexpr int kStateBegin = kRingBegin + Block::kRingBytes;
   static constexpr int kSharedBytes = kStateBegin + int(sizeof(State));
+  static_assert(kSharedBytes <= Policy::kMaxSharedBytes, "the tiles are too large");
 
   CUTE_DEVICE void operator()(Params const& params, char* shared) const {
     State& all = *reinterpret_cast<State*>(shared + kStateBegin);

@@ -11,6 +11,7 @@
 //   kRowLanes                                         bits of the lane that do not change an accumulator's rows
 //   rows_by_columns, transposed_rows_by_columns       accumulator layouts of Mma, MmaTransposed as (rows, columns)
 //   copy, commit, wait                                as in collective/copy.hpp
+//   kMaxSharedBytes                                   of a block, on every GPU that runs the policy
 #pragma once
 
 #include "natten/cuda/collective/tile.hpp"

@@ -10,6 +10,8 @@ namespace natten::cuda {
 template <class Element, int kHeadDim, int kOwn, int kStreamed, int kStages>
 struct Sm50 : PolicySizes<Element, kHeadDim, kOwn, kStreamed, kStages>,
               SimtMath<Element, kOwn, kHeadDim>,
-              SynchronousCopy {};
+              SynchronousCopy {
+  static constexpr int kMaxSharedBytes = 48 * 1024;
+};
 
 }  // namespace natten::cuda

@@ -11,6 +11,7 @@ namespace natten::cuda {
 
 template <class Element, int kHeadDim, int kOwn, int kStreamed, int kStages>
 struct Sm70 : PolicySizes<Element, kHeadDim, kOwn, kStreamed, kStages>, SynchronousCopy {
+  static constexpr int kMaxSharedBytes = 96 * 1024;
   static constexpr int kWarps = kOwn / 16;
   // The operands of these atoms are wide: with 128 columns a gradient would spill 800 bytes.
   static constexpr int kColumnGroups = column_groups(kHeadDim, 64);

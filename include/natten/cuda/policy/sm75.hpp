@@ -13,6 +13,8 @@ template <class Element, int kHeadDim, int kOwn, int kStreamed, int kStages>
 struct Sm75 : PolicySizes<Element, kHeadDim, kOwn, kStreamed, kStages>,
               TensorCoreMath<SM75_16x8x8_F32F16F16F32_TN, kOwn, kHeadDim>,
               SynchronousCopy {
+  static constexpr int kMaxSharedBytes = 64 * 1024;
+
   // An accumulator of 16x8 is laid out as an operand of 16x8.
   template <class Layout>
   CUTE_DEVICE static auto as_operand(Layout const& layout) {

@@ -11,6 +11,8 @@
 
 namespace natten::cuda {
 
+constexpr int kSm86SharedBytes = 99 * 1024;  // and of SM89; SM80 has 163 KiB
+
 template <class Element>
 struct Sm80Atom;
 template <>
@@ -26,6 +28,7 @@ template <class Element, int kHeadDim, int kOwn, int kStreamed, int kStages>
 struct Sm80 : PolicySizes<Element, kHeadDim, kOwn, kStreamed, kStages>,
               TensorCoreMath<typename Sm80Atom<Element>::type, kOwn, kHeadDim>,
               AsynchronousCopy {
+  static constexpr int kMaxSharedBytes = kSm86SharedBytes;
   // Their addresses: with 8, CUDA 11.8 spills 8 bytes in the gradients of head dim 128.
   static constexpr int kUnrolledCopies = kHeadDim < 128 ? AsynchronousCopy::kUnrolledCopies : 4;
 
@@ -43,6 +46,8 @@ template <class Element, int kHeadDim, int kOwn, int kStreamed, int kStages>
 struct Sm80Tf32 : PolicySizes<Element, kHeadDim, kOwn, kStreamed, kStages>,
                   TensorCoreMath<SM80_16x8x8_F32TF32TF32F32_TN, kOwn, kHeadDim>,
                   AsynchronousCopy {
+  static constexpr int kMaxSharedBytes = kSm86SharedBytes;
+
   // A matrix load moves 16-bit pairs, which it cannot transpose for a 32-bit type.
   using CopyTransposed = UniversalCopy<float>;
 
@@ -59,6 +64,8 @@ struct Sm80Tf32 : PolicySizes<Element, kHeadDim, kOwn, kStreamed, kStages>,
 template <class Element, int kHeadDim, int kOwn, int kStreamed, int kStages>
 struct Sm80Simt : PolicySizes<Element, kHeadDim, kOwn, kStreamed, kStages>,
                   SimtMath<Element, kOwn, kHeadDim>,
-                  AsynchronousCopy {};
+                  AsynchronousCopy {
+  static constexpr int kMaxSharedBytes = kSm86SharedBytes;
+};
 
 }  // namespace natten::cuda
