@@ -16,5 +16,5 @@ SM86 = Policy("Sm80", "sm80", min_arch=86, max_arch=89)
 
 CUDA_ROWS = (
     CudaRow("fna", "forward", "f16", SM86, max_head_dim=96, own=128, streamed=64, stages=2),
-    CudaRow("fna", "backward", "f16", SM86, max_head_dim=96, own=64, streamed=64, stages=1),
+    CudaRow("fna", "backward", "f16", SM86, max_head_dim=96, own=64, streamed=32, stages=2),
 )
