@@ -78,7 +78,8 @@ class Array {
       double const expected = other.at(i);
       if (at(i) == expected) continue;  // infinities too
       double const error = std::abs(at(i) - expected) / (1 + std::abs(expected));
-      worst = error <= worst ? worst : error;
+      if (std::isnan(error)) return error;
+      worst = std::max(worst, error);
     }
     return worst;
   }
