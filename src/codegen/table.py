@@ -214,8 +214,8 @@ class CudaRow:
     @property
     def header(self) -> str:
         """Where it lives, in ``natten/cuda/kernel``."""
-        if self.backend == "naive":
-            return "naive_unfused" if self.op in UNFUSED_OPS else "naive"
+        if self.function.startswith("naive") and self.op in UNFUSED_OPS:
+            return "naive_unfused"
         return self.function.removesuffix("_transposed")
 
 

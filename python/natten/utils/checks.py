@@ -13,22 +13,6 @@ from natten._axes import per_axis
 from natten._capabilities import compute_capability
 from natten._errors import reject
 
-__all__ = [
-    "check_additional_keys",
-    "check_additional_values",
-    "check_all_args",
-    "check_backward_tiling_config",
-    "check_causal_arg",
-    "check_dilation_arg",
-    "check_input_size_arg",
-    "check_kernel_size_arg",
-    "check_stride_arg",
-    "check_tiling_config",
-    "get_device_cc",
-    "get_num_na_weights",
-    "make_attn_tensor_from_input",
-]
-
 
 def _integers(name: str, na_dim: int, value: Any, least: int = 1) -> tuple[int, ...]:
     values = per_axis(name, value, na_dim)

@@ -5,7 +5,6 @@
 
 #include "natten/cuda/collective/pair.hpp"
 #include "natten/cuda/collective/weights.hpp"
-#include "natten/cuda/kernel/rpb_gradient.hpp"
 
 namespace natten::cuda {
 
