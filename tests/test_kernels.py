@@ -166,6 +166,27 @@ def test_huge_logits(policy):
     oracle.assert_close(lse, expected_lse, rounding * largest, "lse")
 
 
+@pytest.mark.parametrize("slope", [2.0, -2.0, 0.5])
+def test_logits_that_rise_along_an_axis(slope, policy):
+    """Weights are relative to some logit seen before, which those seen later may leave far behind."""
+    query, key, value = torch.randn(3, 2, 300, 2, 16).to(policy.dtype).unbind()
+    query[..., 0] = 1
+    key[..., 0] = slope * (torch.arange(300) - 150).to(policy.dtype).view(300, 1)
+    # Some queries are far from the first logits in the other direction, or have all logits below them.
+    query[:, ::7] *= -1
+
+    def attend(backend, *tensors):
+        return natten.na1d(*tensors, 151, scale=1.0, return_lse=True, backend=backend)
+
+    expected = attend("reference", query.double(), key.double(), value.double())
+    rounding = max(torch.finfo(policy.precision).eps, 1e-6)
+    for name, result, right in zip(
+        ("output", "lse"), attend(policy.backend, query, key, value), expected, strict=True
+    ):
+        # Logits, and with them weights, are rounded in proportion to their size.
+        oracle.assert_close(result, right, 20 * rounding * right.abs().max().item() + 4e-4, name)
+
+
 def test_bitwise_repeatable(policy):
     """Forward and backward are deterministic, and do not depend on the number of threads."""
     problem = random_problem(("rank2", "gqa", "rpb", "additional"), 3)

@@ -18,7 +18,7 @@ class Forward {
   explicit Forward(ForwardArguments const& arguments_)
       : arguments(arguments_), problem_(arguments.problem), row_(round_up(problem_.head_dim_value, kLanes)) {}
 
-  // [max of the logits so far, base 2 | sum of exp2(logit - max) | output, undivided: [lane][row_]]
+  // [base | sum of exp2(logit - base) | output, undivided: [lane][row_]]
   std::int64_t state_floats() const { return kLanes * (2 + row_); }
 
   void take_scratch(Arena& arena) {
@@ -44,39 +44,29 @@ class Forward {
     int const max_tokens = chunk_tokens(sizeof(Vec) + 4 * stream.value.sum.words);
     for_each_chunk(tile, stream.box, max_tokens, Math::kPerWord, [&](Chunk const& chunk) {
       dot_rows<Math>(lanes_, stream.key.dot, chunk.token, chunk.rows, chunk.width, scores_);
-
       Vec const before = load_vec(state);
-      Vec highest = before;
-      Vec* s = scores_;
-      for (int r = 0; r < chunk.rows; ++r) {
-        UintVec const row_size = tile.row_size(chunk.z[r], chunk.y[r]);
-        for (int i = 0; i < chunk.width; ++i, ++s) {
-          IntVec const keep = tile.keep(chunk.x + i, row_size);
-          Vec logit = *s * scale;
-          if (bias) logit += bias.at(chunk.z[r], chunk.y[r], chunk.x + i, keep) * kLog2e;
-          logit = keep ? logit : broadcast(-kInfinity);
-          *s = logit;
-          highest = maximum(logit, highest);
-        }
+      IntVec const is_first = before == -kInfinity;
+      Vec base = any(is_first) ? (is_first ? guess_base(chunk, scale) : before) : before;
+      Weights weights = weigh(chunk, tile, bias, scale, base);
+      IntVec const is_far =
+          (weights.highest > kFar) | (is_first & (weights.highest < -kFar) & (weights.highest != -kInfinity));
+      if (any(is_far)) {
+        base = is_far ? base + weights.highest : base;
+        dot_rows<Math>(lanes_, stream.key.dot, chunk.token, chunk.rows, chunk.width, scores_);
+        weights = weigh(chunk, tile, bias, scale, base);
       }
-      Vec const base = raise_max(state, before, highest);
-      Vec sum = {};
-      int const tokens = chunk.tokens();
-      for (int i = 0; i < tokens; ++i) {
-        scores_[i] = exp2(scores_[i] - base);
-        sum += scores_[i];
-      }
-      store_vec(state + kLanes, load_vec(state + kLanes) + sum);
+      move_base(state, before, is_first & (weights.highest == -kInfinity) ? before : base);
+      store_vec(state + kLanes, load_vec(state + kLanes) + weights.sum);
       accumulate_chunk<Math>(tile, chunk, stream.value, stream.nonfinite, scores_, state + 2 * kLanes, row_);
     });
   }
 
   void finish(TileContext const& c, float* state) const {
     add_missing_keys(c, state);
-    Vec const max = load_vec(state);
+    Vec const base = load_vec(state);
     Vec const sum = load_vec(state + kLanes);
     Vec const inverse = sum == 0.0f ? Vec{} : 1.0f / sum;
-    Vec const lse = sum == 0.0f ? broadcast(-kInfinity) : (max + log2(sum)) * kLn2;
+    Vec const lse = sum == 0.0f ? broadcast(-kInfinity) : (base + log2(sum)) * kLn2;
     auto const output = query_view<Storage>(problem_, arguments.output, c.item.groups, c.item.batch, c.head);
     auto const lse_view = query_view<float>(problem_, arguments.lse, c.item.groups, c.item.batch, c.head);
     for (int l = 0; l < kLanes; ++l) {
@@ -88,19 +78,54 @@ class Forward {
   }
 
  private:
-  // Lets the state refer to a higher maximum, and returns what to subtract from logits. Where no key was seen yet the
-  // maximum is -inf; 0 is subtracted there, which keeps exp2(-inf) at 0.
-  Vec raise_max(float* state, Vec before, Vec highest) const {
-    Vec const base = highest == -kInfinity ? Vec{} : highest;
-    store_vec(state, highest);
-    if (!any((before != highest) & (before != -kInfinity))) return base;  // nothing was summed under a lower maximum
-    Vec const factor = exp2(before - base);
+  // What the weights of a chunk are relative to need not be the maximum of the logits: anything near it keeps them away from
+  // overflow, and the largest from underflow. So there is one pass over the scores, with a guess instead of the maximum,
+  // and a second one for the rare chunk that has a logit beyond 2^60 times the guess.
+  static constexpr float kFar = 60;
+
+  // The maximum of the first logits, whether they are attended to or not.
+  Vec guess_base(Chunk const& chunk, float scale) const {
+    constexpr int kEnough = 8;
+    Vec highest = broadcast(-kInfinity);
+    for (int i = 0; i < min(chunk.width, kEnough); ++i) highest = maximum(scores_[i] * scale, highest);
+    constexpr float kHuge = 1e30f;  // tokens that nobody attends to may hold infinities
+    return (highest < kHuge) & (highest > -kHuge) ? highest : Vec{};
+  }
+
+  struct Weights {
+    Vec highest;  // logit, minus the base
+    Vec sum;
+  };
+
+  // Makes weights of a chunk's scores: exp2(logit - base).
+  NATTEN_INLINE Weights weigh(Chunk const& chunk, Tile const& tile, Bias const& bias, float scale, Vec base) const {
+    Weights weights{broadcast(-kInfinity), Vec{}};
+    Vec* s = scores_;
+    for (int r = 0; r < chunk.rows; ++r) {
+      UintVec const row_size = tile.row_size(chunk.z[r], chunk.y[r]);
+      for (int i = 0; i < chunk.width; ++i, ++s) {
+        IntVec const keep = tile.keep(chunk.x + i, row_size);
+        Vec logit = *s * scale - base;
+        if (bias) logit += bias.at(chunk.z[r], chunk.y[r], chunk.x + i, keep) * kLog2e;
+        logit = keep ? logit : broadcast(-kInfinity);
+        weights.highest = maximum(logit, weights.highest);
+        *s = exp2(logit);
+        weights.sum += *s;
+      }
+    }
+    return weights;
+  }
+
+  // Lets the state refer to another base; -inf where it has seen no key yet.
+  void move_base(float* state, Vec before, Vec after) const {
+    store_vec(state, after);
+    if (!any((before != after) & (before != -kInfinity))) return;  // nothing was summed
+    Vec const factor = before == after ? broadcast(1.0f) : exp2(before - after);
     store_vec(state + kLanes, load_vec(state + kLanes) * factor);
     for (int l = 0; l < kLanes; ++l) {
       float* const row = state + (2 * kLanes + l * row_);
       for (int c = 0; c < row_; c += kLanes) store_vec(row + c, load_vec(row + c) * factor[l]);
     }
-    return base;
   }
 
   // Boundary "zeros": n missing keys, with logit 0 and value 0, join the denominator.
@@ -122,7 +147,8 @@ class Forward {
     }
     Vec const before = load_vec(state);
     IntVec const is_missing = missing > 0.0f;
-    Vec const base = raise_max(state, before, is_missing ? maximum(before, Vec{}) : before);
+    Vec const base = is_missing ? maximum(before, Vec{}) : before;
+    move_base(state, before, base);
     // Elsewhere exp2(-base) may be infinite, and 0 times that NaN.
     store_vec(state + kLanes, load_vec(state + kLanes) + (is_missing ? missing * exp2(-base) : Vec{}));
   }

@@ -84,14 +84,17 @@ template <class Math, int kPitch>
 void dot_rows_of_pitch(Vec const* lanes, Operand const& operand, int const* row_token, int rows, int width, Vec* out) {
   using Runs = DotRuns<Math, kPitch>;
   auto const at = [&](int r, int x) { return operand.data + (row_token[r] + x) * std::int64_t{kPitch}; };
+  // Two rows side by side, in runs of nearly equal length: 31 tokens are 11 + 10 + 10.
+  int const pieces = ceil_div(width, kMaxRun);
   int r = 0;
-  if (width <= kMaxRun) {  // two short rows make one run
-    typename Runs::Run const run = Runs::of_length(width);
-    for (; r + 2 <= rows; r += 2) {
-      run(lanes, operand.words, at(r, 0), at(r + 1, 0), operand.plane_stride, out + r * width, out + (r + 1) * width);
+  for (; r + 2 <= rows; r += 2) {
+    for (int i = 0; i < pieces; ++i) {
+      int const x = i * width / pieces;
+      Runs::of_length((i + 1) * width / pieces - x)(lanes, operand.words, at(r, x), at(r + 1, x), operand.plane_stride,
+                                                    out + r * width + x, out + (r + 1) * width + x);
     }
   }
-  // Runs of equal, even length; the last may overlap the one before it by a token.
+  // A row alone with itself: runs of equal, even length, of which the last may overlap the one before it by a token.
   int const runs = ceil_div(width, 2 * kMaxRun);
   int const half = ceil_div(ceil_div(width, runs), 2);
   typename Runs::Run const run = Runs::of_length(half);
