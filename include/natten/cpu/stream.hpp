@@ -78,17 +78,41 @@ NATTEN_INLINE void prefetch_token(T* row, int dim) {
 
 constexpr int kPrefetchTokens = 8;
 
+// Reading a box row by row. At the end of a row, what comes next are the first tokens of the row after it: without them, rows
+// of 32 tokens would miss a quarter of their lines.
+template <class T>
+struct Prefetcher {
+  GroupView<T> const& from;
+  Interval const (&axis)[kMaxRank];
+  Interval slices;
+  T* next = nullptr;  // the first token of the next row; null behind the last
+
+  NATTEN_INLINE void start_row(int z, int y) {
+    if (y + 1 < axis[1].end) next = from.at(z, y + 1, axis[2].begin);
+    else if (z + 1 < slices.end) next = from.at(z + 1, axis[1].begin, axis[2].begin);
+    else next = nullptr;
+  }
+  // `row`: token x of the row.
+  NATTEN_INLINE void at(T* row, int x, int dim) const {
+    int const beyond = x + kPrefetchTokens - axis[2].end;
+    if (beyond < 0) prefetch_token(row + kPrefetchTokens * from.step[2], dim);
+    else if (next != nullptr && beyond < axis[2].size()) prefetch_token(next + beyond * from.step[2], dim);
+  }
+};
+
 // Packs slices of a box as dot operand. Returns whether an element is infinite or NaN.
 template <class Math>
 bool pack_dot(GroupView<typename Math::Storage const> const& from, StreamBox const& box, Interval slices, int dim,
               Operand const& to) {
   IntVec nonfinite = {};
+  Prefetcher<typename Math::Storage const> prefetcher{from, box.axis, slices};
   for (int z = slices.begin; z < slices.end; ++z) {
     for (int y = box.axis[1].begin; y < box.axis[1].end; ++y) {
+      prefetcher.start_row(z, y);
       auto const* row = from.at(z, y, box.first);
       Word* out = word_at(to, box.token(z, y, box.first), 0);
       for (int x = box.first; x < box.first + box.pitch; ++x, row += from.step[2], out += to.pitch) {
-        if (x + kPrefetchTokens < box.axis[2].end) prefetch_token(row + kPrefetchTokens * from.step[2], dim);
+        prefetcher.at(row, x, dim);
         bool const is_token = box.axis[2].contains(x);
         // The commonest head dims without a branch: packing was a tenth of the time of small windows.
         auto const copy_whole = [&](auto words) {
@@ -129,16 +153,16 @@ bool pack_sum(GroupView<typename Math::Storage const> const& from, StreamBox con
               Operand const& to) {
   typename Math::Storage const zeros[kLanes] = {};
   IntVec nonfinite = {};
+  Prefetcher<typename Math::Storage const> prefetcher{from, box.axis, slices};
   for (int z = slices.begin; z < slices.end; ++z) {
     for (int y = box.axis[1].begin; y < box.axis[1].end; ++y) {
+      prefetcher.start_row(z, y);
       auto const* row = from.at(z, y, box.first);
       int pair = box.token(z, y, box.first) / 2;
       for (int x = box.first; x < box.first + box.pitch; x += 2, ++pair, row += 2 * from.step[2]) {
         bool const has_even = box.axis[2].contains(x), has_odd = box.axis[2].contains(x + 1);
-        if (x + kPrefetchTokens + 1 < box.axis[2].end) {
-          prefetch_token(row + kPrefetchTokens * from.step[2], dim);
-          prefetch_token(row + (kPrefetchTokens + 1) * from.step[2], dim);
-        }
+        prefetcher.at(row, x, dim);
+        prefetcher.at(row + from.step[2], x + 1, dim);
         for (int c = 0; c < dim; c += kLanes) {
           Vec const v = Math::interleave(has_even ? row + c : zeros, has_odd ? row + from.step[2] + c : zeros,
                                          min(dim - c, kLanes));
