@@ -58,6 +58,14 @@ struct AxisIntervals {
 struct LaneGroup {
   Interval box[kMaxRank];
   bool empty = true;
+
+  // Both, of which the other follows.
+  NATTEN_INLINE LaneGroup with(LaneGroup const& other) const {
+    if (empty || other.empty) return empty ? other : *this;
+    LaneGroup both = *this;
+    for (int a = 0; a < kMaxRank; ++a) both.box[a].end = other.box[a].end;
+    return both;
+  }
 };
 
 struct Tile {
@@ -69,6 +77,7 @@ struct Tile {
   UintVec size[kMaxRank];
   IntVec position[kMaxRank];            // of each lane's token
   std::uint32_t lanes = ~0u;            // bit set: there is a token
+  LaneGroup pairs[kLanes / 2];          // of lanes side by side
 
   Tile(TileShape const& shape_, int const (&corner)[kMaxRank], Interval const (&block)[kMaxRank],
        AxisIntervals const (&intervals)[kMaxRank])
@@ -88,6 +97,7 @@ struct Tile {
         size[a] = here ? broadcast(std::uint32_t(interval[a][i].size())) : size[a];
       }
     }
+    find_pairs();
   }
 
   // The same tokens against `n` tokens that all of them attend to.
@@ -100,26 +110,12 @@ struct Tile {
       for (int i = 0; i < shape.size[a]; ++i) all.interval[a][i] = i < box[a].size() ? everything[a] : Interval{};
       all.size[a] = size[a] != 0u ? broadcast(std::uint32_t(everything[a].size())) : UintVec{};
     }
+    all.find_pairs();
     return all;
   }
 
   NATTEN_INLINE bool has(int lane) const { return (lanes >> lane) & 1u; }
   NATTEN_INLINE Interval lane_interval(int axis, int lane) const { return interval[axis][shape.place[axis][lane]]; }
-
-  // The group of lanes [first, first + count), a power of two. Such lanes are a box of the tile, and intervals are monotone.
-  NATTEN_INLINE LaneGroup group(int first, int count) const {
-    LaneGroup group;
-    group.empty = false;
-    for (int a = kMaxRank - 1; a >= 0; --a) {
-      int const places = min(count, shape.size[a]);
-      count /= places;
-      int const begin = shape.place[a][first];
-      int const end = min(begin + places, box[a].size());
-      if (begin >= end) return LaneGroup();
-      group.box[a] = {interval[a][begin].begin, interval[a][end - 1].end};
-    }
-    return group;
-  }
 
   // Lanes, from the first to the last, whose tokens may take part in stream row (z, y).
   NATTEN_INLINE Interval lanes_of_row(int z, int y) const {
@@ -144,6 +140,18 @@ struct Tile {
   }
 
  private:
+  // Two lanes side by side are a box of the tile, too.
+  NATTEN_INLINE void find_pairs() {
+    for (int l = 0; l < kLanes; l += 2) {
+      LaneGroup& pair = pairs[l / 2];
+      pair.empty = !has(l);
+      for (int a = 0; a < kMaxRank; ++a) {
+        Interval const last = lane_interval(a, has(l + 1) ? l + 1 : l);
+        pair.box[a] = {lane_interval(a, l).begin, last.end};
+      }
+    }
+  }
+
   // Places on an axis whose intervals contain a stream position: neighbours, as intervals are monotone.
   NATTEN_INLINE Interval places_with(int axis, int position) const {
     int begin = 0;
@@ -318,10 +326,10 @@ void accumulate_chunk(Tile const& tile, Chunk const& chunk, PackedTensor<Math> c
     rows_z = group.box[0];
     rows_y = group.box[1];
     num_rows = 0;
-    for (int r = 0; r < chunk.rows; ++r) {
-      if (!rows_z.contains(chunk.z[r]) || !rows_y.contains(chunk.y[r])) continue;
-      rows[num_rows++] = {stream.sum.data + std::int64_t{chunk.token[r] / kTokens} * stream.sum.pitch,
-                          words + r * chunk.width / kTokens * kLanes};
+    for (int r = 0; r < chunk.rows; ++r) {  // no branch, which would be mispredicted at every change
+      rows[num_rows] = {stream.sum.data + std::int64_t{chunk.token[r] / kTokens} * stream.sum.pitch,
+                        words + r * chunk.width / kTokens * kLanes};
+      num_rows += int(rows_z.contains(chunk.z[r])) & int(rows_y.contains(chunk.y[r]));
     }
   };
   auto const add = [&](LaneGroup const& group, int first, auto lanes_c) {
@@ -334,10 +342,10 @@ void accumulate_chunk(Tile const& tile, Chunk const& chunk, PackedTensor<Math> c
 
   // Two pairs do the work of a four in less arithmetic, but at 6 loads for 8 FMAs instead of 8 for 16.
   for (int l = 0; l < kLanes; l += kMaxGroupLanes) {
-    LaneGroup const first = tile.group(l, 2);
+    LaneGroup const& first = tile.pairs[l / 2];
     if constexpr (kMaxGroupLanes == 4) {
-      LaneGroup const second = tile.group(l + 2, 2);
-      LaneGroup const four = tile.group(l, 4);
+      LaneGroup const& second = tile.pairs[l / 2 + 1];
+      LaneGroup const four = first.with(second);
       if (100 * 2 * size_of(four) <= kPairPenalty * (size_of(first) + size_of(second))) {
         add(four, l, std::integral_constant<int, 4>{});
         continue;
