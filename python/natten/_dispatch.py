@@ -108,9 +108,8 @@ backend_in_force._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def forced_isa() -> str:
     """The ISA that the environment variable NATTEN_CPU_ISA forces, or nothing. Read again for every call."""
-    return (
-        _C.forced_isa()
-    )  # twice a call: a tenth of what os.environ takes to say that there is none
+    # Twice a call: os.environ takes ten times as long to say that there is none.
+    return _C.forced_isa()
 
 
 @lru_cache

@@ -106,20 +106,23 @@ def launch(
     tile_shapes: Sequence[int] = (),
 ) -> _launch.Launch:
     """What runs `op` of these tensors, on the device where they are. The last one may be a bias, of any type."""
-    like = next(tensor for tensor in tensors if tensor is not None)
-    for tensor in tensors[:-1]:
-        if tensor is not None and (tensor.dtype != like.dtype or tensor.is_cpu != like.is_cpu):
+    like = tensors[0]
+    if like is None:
+        like = next(tensor for tensor in tensors if tensor is not None)
+    dtype, is_cpu = like.dtype, like.is_cpu
+    for tensor in tensors[1:-1]:
+        if tensor is not None and (tensor.dtype != dtype or tensor.is_cpu != is_cpu):
             wanted = f"{like.dtype} on {like.device}, as the first"
             reject("a tensor of the op", f"{tensor.dtype} on {tensor.device}", wanted)
     arch, allow_tf32 = 0, False
-    if not like.is_cpu:
+    if not is_cpu:
         arch = _dispatch.arch_of(like.device) or 0
-        allow_tf32 = like.dtype == torch.float32 and _dispatch.allows_tf32(op)
+        allow_tf32 = dtype == torch.float32 and _dispatch.allows_tf32(op)
     return _launch.launch(
         op,
         backend,
         _dispatch.forced_isa(),
-        like.dtype,
+        dtype,
         axes,
         tuple([None if tensor is None else tensor.shape for tensor in tensors]),
         scale,

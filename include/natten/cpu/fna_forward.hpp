@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Fused neighborhood attention, forward: query tiles in lanes, online softmax in base 2. The softmax is vertical: every
-// vector holds one key's logits for all lanes, so that maximum, exponential and sum need no shuffles.
+// Fused neighborhood attention, forward: query tiles in lanes, online softmax in base 2, relative to a guess of the maximum. The
+// softmax is vertical: every vector holds one key's logits for all lanes, so that maximum, exponential and sum need no shuffles.
 #pragma once
 
 #include "natten/cpu/query_blocks.hpp"
