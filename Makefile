@@ -69,7 +69,7 @@ build/emulation build/emulation-address build/emulation-thread: build/emulation%
 	PATH="$(abspath $(BIN)):$$PATH" ninja -C $@
 
 # Every fault that tests/emulation/test_faults.py knows; `test` tries a few of them. Takes half an hour.
-faults: $(VENV)/test $(VENV)/build $(VENV)/emulation
+faults: $(VENV)/test emulation
 	NATTEN_FAULTS=all $(BIN)/python -m pytest tests/emulation/test_faults.py
 
 clean:
