@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -51,7 +52,9 @@ def parse_arguments(line: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--load", type=Path, help="show a saved report instead of measuring")
     parser.add_argument("--markdown", action="store_true", help="print the table as markdown")
     parser.add_argument(
-        "--into", type=Path, help="put the table between the benchmark marks of this page"
+        "--into",
+        type=Path,
+        help="put the table between the marks <!-- benchmark WHAT --> of this page",
     )
     parser.add_argument("--json", type=Path, help="save the report")
     parser.add_argument("--plot", type=Path, help="save a plot of the shares of peak")
@@ -111,15 +114,22 @@ def measured(arguments: argparse.Namespace) -> report.Report:
     return report.Report(report.machine(arguments.device), rows)
 
 
+def show(
+    arguments: argparse.Namespace, machine: str, header: Sequence[str], lines: list[list[str]]
+) -> None:
+    """Prints a table, and puts it where else it is wanted."""
+    render = report.as_markdown if arguments.markdown else report.as_text
+    print(machine, render(header, lines), sep="\n\n")
+    if arguments.into:
+        text = f"{machine}\n\n{report.as_markdown(header, lines)}"
+        report.write_into(arguments.into, arguments.what, text)
+
+
 def run_problems(arguments: argparse.Namespace) -> int:
     result = report.Report.load(arguments.load) if arguments.load else measured(arguments)
-    print(result.machine, end="\n\n")
-    render = report.as_markdown if arguments.markdown else report.as_text
-    print(render(report.header(result.rows), report.cells(result.rows)))
+    show(arguments, result.machine, report.header(result.rows), report.cells(result.rows))
     for line in report.missing(result.rows):
         print(line, file=sys.stderr)
-    if arguments.into:
-        report.write_into(arguments.into, result)
     if arguments.json:
         result.save(arguments.json)
     if arguments.plot:
@@ -142,8 +152,7 @@ def run_unfused(arguments: argparse.Namespace) -> int:
         for problem in tqdm(problems(arguments), leave=False)
         for row in unfused.measure(problem, effort, gathers=gathers)
     ]
-    render = report.as_markdown if arguments.markdown else report.as_text
-    print(report.machine("cpu"), render(unfused.HEADER, unfused.cells(rows)), sep="\n\n")
+    show(arguments, report.machine("cpu"), unfused.HEADER, unfused.cells(rows))
     return 0
 
 
@@ -155,15 +164,13 @@ def run_memory(arguments: argparse.Namespace) -> int:
             extra = memory.extra_bytes(problem, direction, arguments.threads) / 1e6
             name = (problem.case.name, problem.dtype, str(problem.head_dim), direction)
             lines.append([*name, f"{extra:.2f}", f"{extra / arguments.threads:.2f}"])
-    render = report.as_markdown if arguments.markdown else report.as_text
-    print(report.machine("cpu"), render(header, lines), sep="\n\n")
+    show(arguments, report.machine("cpu"), header, lines)
     return 0
 
 
 def run_overhead(arguments: argparse.Namespace) -> int:
     lines = [[name, f"{value:,.1f}"] for name, value in overhead.overheads().items()]
-    render = report.as_markdown if arguments.markdown else report.as_text
-    print(report.machine("cpu"), render(("call", "us"), lines), sep="\n\n")
+    show(arguments, report.machine("cpu"), ("call", "us"), lines)
     return 0
 
 

@@ -150,13 +150,12 @@ def as_markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
 
 
-def write_into(page: Path, result: Report) -> None:
-    """Replaces what stands between the marks `<!-- benchmark -->` and `<!-- /benchmark -->`."""
-    begin, end = "<!-- benchmark -->", "<!-- /benchmark -->"
+def write_into(page: Path, what: str, text: str) -> None:
+    """Replaces what stands between the marks `<!-- benchmark what -->` and `<!-- /benchmark what -->`."""
+    begin, end = f"<!-- benchmark {what} -->", f"<!-- /benchmark {what} -->"
     before, rest = page.read_text().split(begin)
     after = rest.split(end)[1]
-    table = as_markdown(header(result.rows), cells(result.rows))
-    page.write_text(f"{before}{begin}\n{result.machine}\n\n{table}\n{end}{after}")
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def missing(rows: Sequence[Row]) -> list[str]:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from natten import _C
 
 pytestmark = pytest.mark.cpu
 
+ROOT = Path(__file__).parents[1]
 SMALL = Case("small", (5, 9), (3, 4), batch=2, heads=2)
 STRIDED = Case("strided", (7, 9), (3, 4), heads=2, stride=(3, 2))
 
@@ -97,17 +100,25 @@ def test_report_survives_saving(tmp_path: Path) -> None:
 
 def test_table_goes_into_a_page(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- benchmark -->\nold\n<!-- /benchmark -->\nafter\n")
-    backward = _row(direction=FORWARD_BACKWARD, seconds={OURS: 0.08, "sdpa mask": 1.6})
+    others = "<!-- benchmark unfused -->\nanother\n<!-- /benchmark unfused -->\n"
+    page.write_text(
+        f"before\n<!-- benchmark problems -->\nold\n<!-- /benchmark problems -->\n{others}after\n"
+    )
+    rows = [_row(), _row(direction=FORWARD_BACKWARD, seconds={OURS: 0.08, "sdpa mask": 1.6})]
+    result = tmp_path / "report.json"
+    report.Report("a machine", rows).save(result)
+    command = (sys.executable, "-m", "bench", "--load", str(result), "--into", str(page))
     for _ in range(2):  # the second time, it replaces what the first wrote
-        report.write_into(page, report.Report("a machine", [_row(), backward]))
-    lines = page.read_text().splitlines()
+        subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    text = page.read_text()
+    assert others in text
+    lines = text.splitlines()
     assert lines[0] == "before"
     assert lines[-1] == "after"
     assert "old" not in lines
     assert sum(line.startswith("| case |") for line in lines) == 2
     assert lines.count("a machine") == 1
-    cells = report.cells([_row(), backward])
+    cells = report.cells(rows)
     assert [line[-1] for line in cells] == ["-", "4.00"]
     assert [line[-2] for line in cells] == ["5.0", "20.0"]
 
