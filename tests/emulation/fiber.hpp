@@ -50,10 +50,8 @@ class Stacks {
  public:
 #if defined(__SANITIZE_ADDRESS__)
   static constexpr std::size_t kBytes = 512 << 10;  // frames have red zones around every variable
-#elif defined(__SANITIZE_THREAD__)
-  static constexpr std::size_t kBytes = 32 << 10;  // whose history is wiped for every block
 #else
-  static constexpr std::size_t kBytes = 128 << 10;
+  static constexpr std::size_t kBytes = 128 << 10;  // with less, ThreadSanitizer runs out of it while it writes a report
 #endif
 
   explicit Stacks(int count);
