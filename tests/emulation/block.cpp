@@ -10,6 +10,7 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <string>
 #include <thread>
 #include <vector>
@@ -142,8 +143,8 @@ class Block {
   // What threads leave behind: their stacks, shared memory, and asynchronous copies.
   void allocate() {
     stacks_ = std::make_unique<Stacks>(grid_.threads);
-    shared_.reset(static_cast<char*>(std::aligned_alloc(kAlignment, room())));
-    if (shared_ == nullptr) throw std::bad_alloc();
+    // Not by aligned_alloc, which wants whole multiples of the alignment.
+    shared_.reset(static_cast<char*>(::operator new(room(), std::align_val_t(kAlignment))));
   }
   void discard() {
     acquire(&end_token_);
@@ -405,7 +406,7 @@ class Block {
   std::vector<int> order_;  // of warps
   bool keeps_order_ = false;  // one warp runs as far as it can before the next; else they overtake each other
   struct Free {
-    void operator()(char* memory) const { std::free(memory); }
+    void operator()(char* memory) const { ::operator delete(memory, std::align_val_t(kAlignment)); }
   };
   std::unique_ptr<char, Free> shared_;
 
