@@ -78,10 +78,10 @@ class Forward {
   }
 
  private:
-  // What the weights of a chunk are relative to need not be the maximum of the logits: anything near it keeps them away from
-  // overflow, and the largest from underflow. So there is one pass over the scores, with a guess instead of the maximum,
-  // and a second one for the rare chunk that has a logit beyond 2^60 times the guess.
-  static constexpr float kFar = 60;
+  // What the weights of a chunk are relative to need not be the maximum of the logits: anything near it keeps the sums away
+  // from overflow, and the largest weight from underflow. So there is one pass over the scores, with a guess instead of the
+  // maximum, and a second one for the rare chunk whose largest weight would be beyond 2^16, or the first below 2^-16.
+  static constexpr float kFar = 16;
 
   // The maximum of the first logits, whether they are attended to or not.
   Vec guess_base(Chunk const& chunk, float scale) const {
