@@ -68,7 +68,7 @@ build/emulation build/emulation-address build/emulation-thread: build/emulation%
 	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_CXX_COMPILER=$(CXX)
 	PATH="$(abspath $(BIN)):$$PATH" ninja -C $@
 
-# Every fault that tests/emulation/test_faults.py knows; `test` tries a few of them. Takes half an hour.
+# Every fault that tests/emulation/test_faults.py knows; `test` tries a few of them. Takes 20 minutes.
 faults: $(VENV)/test emulation
 	NATTEN_FAULTS=all $(BIN)/python -m pytest tests/emulation/test_faults.py
 

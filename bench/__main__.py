@@ -71,6 +71,11 @@ def parse_arguments(line: list[str] | None = None) -> argparse.Namespace:
     arguments.head_dim = arguments.head_dim or [64 if on_cpu else 128]
     if on_cpu and "tf32" in arguments.dtype:
         parser.error("--dtype tf32 is for GPUs")
+    if arguments.into and not report.has_marks(arguments.into, arguments.what):
+        begin, end = report.marks(arguments.what)
+        parser.error(
+            f"--into {arguments.into}: the page must have one {begin} and one {end}; put them where the table belongs"
+        )
     return arguments
 
 

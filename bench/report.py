@@ -150,9 +150,19 @@ def as_markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
 
 
+def marks(what: str) -> tuple[str, str]:
+    """What a page has before and behind the table of `what`."""
+    return f"<!-- benchmark {what} -->", f"<!-- /benchmark {what} -->"
+
+
+def has_marks(page: Path, what: str) -> bool:
+    """Whether there is a page with one place for the table of `what`."""
+    return page.is_file() and all(page.read_text().count(mark) == 1 for mark in marks(what))
+
+
 def write_into(page: Path, what: str, text: str) -> None:
-    """Replaces what stands between the marks `<!-- benchmark what -->` and `<!-- /benchmark what -->`."""
-    begin, end = f"<!-- benchmark {what} -->", f"<!-- /benchmark {what} -->"
+    """Replaces what stands between the marks of `what`."""
+    begin, end = marks(what)
     before, rest = page.read_text().split(begin)
     after = rest.split(end)[1]
     page.write_text(f"{before}{begin}\n{text}\n{end}{after}")

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from bench import report, unfused
+from bench.__main__ import parse_arguments
 from bench.cases import CASES, GPU_CASES, Case
 from bench.measure import FORWARD, FORWARD_BACKWARD, Effort, Row, measure
 from bench.methods import OURS, Problem, build, check
@@ -121,6 +122,22 @@ def test_table_goes_into_a_page(tmp_path: Path) -> None:
     cells = report.cells(rows)
     assert [line[-1] for line in cells] == ["-", "4.00"]
     assert [line[-2] for line in cells] == ["5.0", "20.0"]
+
+
+def test_page_without_a_place_for_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Said before anything is measured."""
+    page = tmp_path / "page.md"
+    for text in (None, "<!-- benchmark problems -->\n<!-- /benchmark problems -->\n"):
+        if text is not None:
+            page.write_text(text)
+        with pytest.raises(SystemExit):
+            parse_arguments(["memory", "--into", str(page)])
+        assert f"--into {page}: the page must have one <!-- benchmark memory -->" in (
+            capsys.readouterr().err
+        )
+    assert parse_arguments(["problems", "--into", str(page)]).into == page
 
 
 def test_unfused_methods_compute_the_same() -> None:

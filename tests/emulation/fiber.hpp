@@ -51,8 +51,8 @@ class Stacks {
 #if defined(__SANITIZE_ADDRESS__)
   static constexpr std::size_t kBytes = 512 << 10;  // frames have red zones around every variable
 #else
-  static constexpr std::size_t kBytes = 128
-                                        << 10;  // with less, ThreadSanitizer runs out of it while it writes a report
+  // With 32 KB, ThreadSanitizer runs out of it while it writes a report.
+  static constexpr std::size_t kBytes = 128 << 10;
 #endif
 
   explicit Stacks(int count);
