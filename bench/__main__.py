@@ -165,7 +165,7 @@ def run_memory(arguments: argparse.Namespace) -> int:
     header = ("problem", "dtype", "head dim", "direction", "MB", "MB a thread")
     lines = []
     for problem in tqdm(problems(arguments), leave=False):
-        for direction in directions(arguments):
+        for direction in (*directions(arguments), *memory.UNFUSED):
             extra = memory.extra_bytes(problem, direction, arguments.threads) / 1e6
             name = (problem.case.name, problem.dtype, str(problem.head_dim), direction)
             lines.append([*name, f"{extra:.2f}", f"{extra / arguments.threads:.2f}"])

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,9 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bench import unfused
 from bench.cases import CASES, Case
 from bench.measure import FORWARD, FORWARD_BACKWARD
 from bench.methods import OURS, Problem, build
+
+UNFUSED = ("qk", "av")
 
 
 def extra_bytes(problem: Problem, direction: str, threads: int) -> int:
@@ -29,13 +33,27 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
 
 
+def _unfused(problem: Problem, op: str) -> Callable[[], Tensor]:
+    """The op as a call."""
+    query, key, value = (tensor.movedim(-2, 1).contiguous() for tensor in problem.operands())
+    pair = unfused.ours(problem)
+    if op == "qk":
+        return lambda: pair.qk(query, key)
+    weights = torch.rand(*query.shape[:-1], math.prod(problem.case.kernel_size)).to(query.dtype)
+    return lambda: pair.av(weights, value)
+
+
 def _run(problem: Problem, direction: str) -> int:
     """The peak resident memory of the call, less what was resident before and what came out."""
     attention = build(OURS, problem)
     ones = (1,) * len(problem.case.grid)
-    tiny = build(OURS, Problem(Case("one token", ones, ones), problem.dtype, problem.head_dim))
+    one_token = Problem(Case("one token", ones, ones), problem.dtype, problem.head_dim)
+    tiny = build(OURS, one_token)
     run: Callable[[], object]
-    if direction == FORWARD:
+    if direction in UNFUSED:
+        _unfused(one_token, direction)()
+        run = _unfused(problem, direction)
+    elif direction == FORWARD:
         tiny.forward()()
         run = attention.forward()
     else:
@@ -45,6 +63,8 @@ def _run(problem: Problem, direction: str) -> int:
     before = _status("VmRSS")
     result = run()
     peak = _status("VmHWM")
+    if isinstance(result, Tensor) and direction in UNFUSED:
+        return peak - before - result.nbytes
     value = attention.operands[2]
     outputs = value.nbytes + 4 * value.numel() // problem.head_dim
     if direction == FORWARD_BACKWARD:
