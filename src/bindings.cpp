@@ -308,7 +308,9 @@ void register_kernels(py::module_& module) {
             return std::make_pair(std::vector<int>(shapes.own + first, shapes.own + kMaxRank),
                                   std::vector<int>(shapes.streamed + first, shapes.streamed + kMaxRank));
           },
-          py::arg("of_keys"), py::arg("own"), py::arg("streamed"));
+          py::arg("of_keys"), py::arg("own"), py::arg("streamed"))
+      .def_property_readonly("queries_slide",
+                             [](PlannedProblem const& problem) { return problem.tiles.queries_slide; });
 
   module.def(
       "kernels",

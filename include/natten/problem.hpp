@@ -16,6 +16,7 @@ struct TileTable {
   static constexpr int kSmallest = 4;
   static constexpr int kSizes = 3;
   int shape[2][kSizes][kMaxRank] = {};
+  bool queries_slide = false;  // whether 16 queries in a row, whose windows slide, cost no more than any such box
 };
 
 // A thread block of a GPU owns a box of tokens and streams boxes of the other side past it. Both are factorisations, axis

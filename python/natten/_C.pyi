@@ -53,6 +53,9 @@ class Problem:
     ) -> None: ...
     def tile_shapes(self, of_keys: bool, own: int, streamed: int) -> tuple[list[int], list[int]]:
         """Of own tiles (of keys, or of queries) and of streamed ones, of these numbers of tokens (powers of two)."""
+    @property
+    def queries_slide(self) -> bool:
+        """Whether CPU kernels with 16 lanes take queries that are neighbours on the last axis, and slide their keys."""
 
 def kernels(device: str = "cpu") -> list[Kernel]:
     """Every row of the table for "cpu", "cuda" or "emulation", in order of preference.

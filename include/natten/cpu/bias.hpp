@@ -28,11 +28,11 @@ class Bias {
 
   explicit operator bool() const { return table_ != nullptr; }
 
-  // Per lane, the entry for the streamed token (z, y, x); any entry in lanes that do not take part in it.
-  NATTEN_INLINE IntVec index(int z, int y, int x, IntVec keep) const {
-    return (lanes_ + (center_ + z * step_[0] + y * step_[1] + x * step_[2])) & keep;
+  // Per lane, the entry for its streamed token (z, y, x); any entry in lanes that do not take part in it.
+  NATTEN_INLINE IntVec index(int z, int y, IntVec x, IntVec keep) const {
+    return (lanes_ + (center_ + z * step_[0] + y * step_[1]) + x * step_[2]) & keep;
   }
-  NATTEN_INLINE Vec at(int z, int y, int x, IntVec keep) const {
+  NATTEN_INLINE Vec at(int z, int y, IntVec x, IntVec keep) const {
     IntVec const i = index(z, y, x, keep);
     Vec v;
     for (int l = 0; l < kLanes; ++l) v[l] = table_[i[l]];
@@ -43,7 +43,7 @@ class Bias {
     return table_ + (lanes_[lane] + center_ + z * step_[0] + y * step_[1] + x * step_[2]);
   }
   // Adds the gradient of the logits; that of lanes which do not take part is 0. No two other lanes share an entry.
-  NATTEN_INLINE void scatter(int z, int y, int x, IntVec keep, Vec gradient, float* to) const {
+  NATTEN_INLINE void scatter(int z, int y, IntVec x, IntVec keep, Vec gradient, float* to) const {
     IntVec const i = index(z, y, x, keep);
     for (int l = 0; l < kLanes; ++l) to[i[l]] += gradient[l];
   }

@@ -11,6 +11,7 @@ template <class Math>
 class Forward {
  public:
   using Storage = typename Math::Storage;
+  static constexpr bool kSlides = true;
   static constexpr StreamNeeds kNeeds{/*key_dot=*/true, /*key_sum=*/false, /*value_dot=*/false, /*value_sum=*/true};
 
   ForwardArguments const& arguments;
@@ -22,8 +23,8 @@ class Forward {
   std::int64_t state_floats() const { return kLanes * (2 + row_); }
 
   void take_scratch(Arena& arena) {
-    lanes_ = arena.take<Vec>(round_up(problem_.head_dim, kLanes));
-    scores_ = arena.take<Vec>(kMaxChunkTokens);
+    lanes_ = arena.take<Vec>(kPanelTiles * lanes_step());
+    scores_ = arena.take<Vec>(kPanelTiles * kScoreVectors);
   }
 
   void clear(float* state) const {
@@ -33,32 +34,36 @@ class Forward {
 
   void load(TileContext const& c) const {
     auto const query = query_view<Storage const>(problem_, arguments.query, c.item.groups, c.item.batch, c.head);
-    load_lanes<Math>(query, c.tile, problem_.head_dim, c.ahead, lanes_);
+    load_lanes<Math>(query, c.tile, problem_.head_dim, c.ahead, lanes_ + c.index * lanes_step());
     auto const output = query_view<Storage>(problem_, arguments.output, c.item.groups, c.item.batch, c.head);
     prefetch_lanes(output, c.tile, problem_.head_dim_value, 0);
   }
 
-  void attend(TileContext const&, KeyStream<Math> const& stream, Tile const& tile, Bias const& bias,
+  void attend(TileContext const& c, KeyStream<Math> const& stream, Tile const& tile, Bias const& bias,
               float* state) const {
-    float const scale = static_cast<float>(problem_.scale) * kLog2e;
-    int const max_tokens = chunk_tokens(sizeof(Vec) + 4 * stream.value.sum.words);
-    for_each_chunk(tile, stream.box, max_tokens, Math::kPerWord, [&](Chunk const& chunk) {
-      dot_rows<Math>(lanes_, stream.key.dot, chunk.token, chunk.rows, chunk.width, scores_);
-      Vec const before = load_vec(state);
-      IntVec const is_first = before == -kInfinity;
-      Vec base = any(is_first) ? (is_first ? guess_base(chunk, scale) : before) : before;
-      Weights weights = weigh(chunk, tile, bias, scale, base);
-      IntVec const is_far =
-          (weights.highest > kFar) | (is_first & (weights.highest < -kFar) & (weights.highest != -kInfinity));
-      if (any(is_far)) {
-        base = is_far ? base + weights.highest : base;
-        dot_rows<Math>(lanes_, stream.key.dot, chunk.token, chunk.rows, chunk.width, scores_);
-        weights = weigh(chunk, tile, bias, scale, base);
-      }
-      move_base(state, before, is_first & (weights.highest == -kInfinity) ? before : base);
-      store_vec(state + kLanes, load_vec(state + kLanes) + weights.sum);
-      accumulate_chunk<Math>(tile, chunk, stream.value, stream.nonfinite, scores_, state + 2 * kLanes, row_);
+    Vec const* const lanes = lanes_ + c.index * lanes_step();
+    for_each_chunk(tile, stream.box, max_tokens(stream), Math::kPerWord, [&](Chunk const& chunk) {
+      auto const score = [&] { dot_rows<Math>(lanes, stream.key.dot, chunk.token, chunk.rows, chunk.width, scores_); };
+      score();
+      add_chunk(chunk, stream, tile, bias, scores_, score, state);
     });
+  }
+
+  void attend_panel(TileContext const& c, KeyStream<Math> const& stream, Bias const* biases, float* states) const {
+    Panel const& panel = c.panel;
+    for_each_panel_chunk(
+        panel, c.is_line, stream.box, max_tokens(stream), Math::kPerWord, [&](PanelChunk const& chunk) {
+          auto const score = [&](Interval tiles) {
+            slide_rows<Math>(chunk, tiles, stream.box, stream.key.slide, lanes_, lanes_step(), scores_);
+          };
+          score({0, panel.count()});
+          for (int t = 0; t < panel.count(); ++t) {
+            if (chunk.of_tile[t].rows == 0) continue;
+            add_chunk(
+                chunk.of_tile[t], stream, panel[t], biases[t], scores_ + t * kScoreVectors + kMaxPadding,
+                [&] { score({t, t + 1}); }, states + t * state_floats());
+          }
+        });
   }
 
   void finish(TileContext const& c, float* state) const {
@@ -69,25 +74,52 @@ class Forward {
     Vec const lse = sum == 0.0f ? broadcast(-kInfinity) : (base + log2(sum)) * kLn2;
     auto const output = query_view<Storage>(problem_, arguments.output, c.item.groups, c.item.batch, c.head);
     auto const lse_view = query_view<float>(problem_, arguments.lse, c.item.groups, c.item.batch, c.head);
+    store_lanes(output, c.tile, problem_.head_dim_value, state + 2 * kLanes, row_, [&](int l) { return inverse[l]; });
     for (int l = 0; l < kLanes; ++l) {
-      if (!c.tile.has(l)) continue;
-      int const z = c.tile.position[0][l], y = c.tile.position[1][l], x = c.tile.position[2][l];
-      store_row(output.at(z, y, x), state + (2 * kLanes + l * row_), inverse[l], problem_.head_dim_value);
-      *lse_view.at(z, y, x) = lse[l];
+      if (c.tile.has(l)) *lse_view.at(c.tile.position[0][l], c.tile.position[1][l], c.tile.position[2][l]) = lse[l];
     }
   }
 
  private:
+  std::int64_t lanes_step() const { return round_up(problem_.head_dim, kLanes); }
+  int max_tokens(KeyStream<Math> const& stream) const { return chunk_tokens(sizeof(Vec) + 4 * stream.value.sum.words); }
+
+  // Adds a chunk, of which the scores are made, to the state of a tile; `score` makes them again.
+  template <class Score>
+  void add_chunk(Chunk const& chunk, KeyStream<Math> const& stream, Tile const& tile, Bias const& bias, Vec* scores,
+                 Score const& score, float* state) const {
+    float const scale = static_cast<float>(problem_.scale) * kLog2e;
+    Vec const before = load_vec(state);
+    IntVec const is_first = before == -kInfinity;
+    Vec base = any(is_first) ? (is_first ? guess_base(chunk, scores, scale) : before) : before;
+    bool const is_whole = tile.takes_all(chunk);
+    auto const weigh_all = [&] {
+      return is_whole ? weigh<true>(chunk, tile, bias, scale, base, scores)
+                      : weigh<false>(chunk, tile, bias, scale, base, scores);
+    };
+    Weights weights = weigh_all();
+    IntVec const is_far =
+        (weights.highest > kFar) | (is_first & (weights.highest < -kFar) & (weights.highest != -kInfinity));
+    if (any(is_far)) {
+      base = is_far ? base + weights.highest : base;
+      score();
+      weights = weigh_all();
+    }
+    move_base(state, before, is_first & (weights.highest == -kInfinity) ? before : base);
+    store_vec(state + kLanes, load_vec(state + kLanes) + weights.sum);
+    accumulate_chunk<Math>(tile, chunk, stream.value, stream.nonfinite, scores, state + 2 * kLanes, row_);
+  }
+
   // What the weights of a chunk are relative to need not be the maximum of the logits: anything near it keeps the sums away
   // from overflow, and the largest weight from underflow. So there is one pass over the scores, with a guess instead of the
   // maximum, and a second one for the rare chunk whose largest weight would be beyond 2^16, or the first below 2^-16.
   static constexpr float kFar = 16;
 
   // The maximum of the first logits, whether they are attended to or not.
-  Vec guess_base(Chunk const& chunk, float scale) const {
+  static Vec guess_base(Chunk const& chunk, Vec const* scores, float scale) {
     constexpr int kEnough = 8;
     Vec highest = broadcast(-kInfinity);
-    for (int i = 0; i < min(chunk.width, kEnough); ++i) highest = maximum(scores_[i] * scale, highest);
+    for (int i = 0; i < min(chunk.slots, kEnough); ++i) highest = maximum(scores[i] * scale, highest);
     constexpr float kHuge = 1e30f;  // tokens that nobody attends to may hold infinities
     return (highest < kHuge) & (highest > -kHuge) ? highest : Vec{};
   }
@@ -97,17 +129,19 @@ class Forward {
     Vec sum;
   };
 
-  // Makes weights of a chunk's scores: exp2(logit - base).
-  NATTEN_INLINE Weights weigh(Chunk const& chunk, Tile const& tile, Bias const& bias, float scale, Vec base) const {
+  // Makes weights of a chunk's scores: exp2(logit - base). `kIsWhole`: all lanes take part in all slots.
+  template <bool kIsWhole>
+  static Weights weigh(Chunk const& chunk, Tile const& tile, Bias const& bias, float scale, Vec base, Vec* scores) {
     Weights weights{broadcast(-kInfinity), Vec{}};
-    Vec* s = scores_;
+    UintVec const place = tile.place(chunk.first() + chunk.x);
     for (int r = 0; r < chunk.rows; ++r) {
-      UintVec const row_size = tile.row_size(chunk.z[r], chunk.y[r]);
-      for (int i = 0; i < chunk.width; ++i, ++s) {
-        IntVec const keep = tile.keep(chunk.x + i, row_size);
+      UintVec const row_size = kIsWhole ? tile.size[2] : tile.row_size(chunk.z[r], chunk.y[r]);
+      Vec* s = scores + r * chunk.pitch;
+      for (int i = 0; i < chunk.slots; ++i, ++s) {
+        IntVec const keep = kIsWhole ? broadcast(-1) : place + i < row_size;
         Vec logit = *s * scale - base;
-        if (bias) logit += bias.at(chunk.z[r], chunk.y[r], chunk.x + i, keep) * kLog2e;
-        logit = keep ? logit : broadcast(-kInfinity);
+        if (bias) logit += bias.at(chunk.z[r], chunk.y[r], chunk.first() + (chunk.x + i), keep) * kLog2e;
+        if constexpr (!kIsWhole) logit = keep ? logit : broadcast(-kInfinity);
         weights.highest = maximum(logit, weights.highest);
         *s = exp2(logit);
         weights.sum += *s;
@@ -155,8 +189,8 @@ class Forward {
 
   Problem const& problem_;
   int row_;  // floats of a lane's output
-  Vec* lanes_ = nullptr;  // [word][lane] of the tile's queries
-  Vec* scores_ = nullptr;  // [token][lane]
+  Vec* lanes_ = nullptr;  // [tile][word][lane] of the panel's queries
+  Vec* scores_ = nullptr;  // [tile][row][slot][lane]
 };
 
 template <class Storage>

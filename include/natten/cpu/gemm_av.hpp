@@ -11,6 +11,7 @@ template <class Math>
 class Av {
  public:
   using Storage = typename Math::Storage;
+  static constexpr bool kSlides = false;
   static constexpr StreamNeeds kNeeds{/*key_dot=*/false, /*key_sum=*/true, /*value_dot=*/false, /*value_sum=*/false};
 
   ForwardArguments const arguments;
@@ -50,11 +51,7 @@ class Av {
 
   void finish(TileContext const& c, float* state) const {
     auto const output = query_view<Storage>(arguments.problem, arguments.query, c.item.groups, c.item.batch, c.head);
-    for (int l = 0; l < kLanes; ++l) {
-      if (!c.tile.has(l)) continue;
-      store_row(output.at(c.tile.position[0][l], c.tile.position[1][l], c.tile.position[2][l]), state + l * row_, 1.0f,
-                arguments.problem.head_dim);
-    }
+    store_lanes(output, c.tile, arguments.problem.head_dim, state, row_, [](int) { return 1.0f; });
   }
 
  private:

@@ -18,7 +18,8 @@ class AvTransposed {
         problem_(arguments.problem),
         row_(round_up(problem_.head_dim, kLanes)),
         token_words_(PackedTensor<Math>::token_words(problem_.head_dim)),
-        schedule_(problem_, Side::kKey, 4 * token_words_, 4 * row_, /*allow_ring=*/true, arguments.num_threads) {}
+        schedule_(problem_, Side::kKey, 4 * token_words_, 4 * row_, /*allow_ring=*/true, /*may_slide=*/false,
+                  arguments.num_threads) {}
 
   void run() const {
     for_each_item(schedule_.items, arguments_.num_threads, [this](std::int64_t i) {
@@ -74,7 +75,7 @@ class AvTransposed {
     m.packed = arena.take<Word>(token_words_ * walk.capacity());
     m.weights = arena.take<Vec>(kMaxChunkTokens);
     m.columns = arena.take<Column>(kMaxChunkTokens);
-    m.states = arena.take<float>((is_one_piece(walk) ? 1 : schedule_.tiles_per_step()) * state_floats());
+    m.states = arena.take<float>((is_one_piece(walk) ? 1 : schedule_.panels_per_step()) * state_floats());
     return m;
   }
 
@@ -97,7 +98,7 @@ class AvTransposed {
 
     walk.for_each_step([&](Interval const(&block)[kMaxRank]) {
       auto const for_each_state = [&](auto const& use) {
-        for_each_tile(block, schedule_.tile, [&](int const(&corner)[kMaxRank], int index) {
+        for_each_panel(block, schedule_.panel, [&](int const(&corner)[kMaxRank], int index) {
           use(Tile(schedule_.tile, corner, block, intervals), memory.states + (one_piece ? 0 : index) * state_floats());
         });
       };
@@ -139,7 +140,7 @@ class AvTransposed {
       for (int i = 0; i < chunk.width; ++i) {
         int const x = chunk.x + i;
         bool const has = streamed.contains(x);
-        memory.columns[i].keep = has ? tile.keep(x, tile.size[2]) : IntVec{};
+        memory.columns[i].keep = has ? tile.place(broadcast(x)) < tile.size[2] : IntVec{};
         memory.columns[i].offset = has ? x * stream.weights.step[2] - stream.windows[2][x].begin : 0;
       }
       Vec* weights = memory.weights;
@@ -163,7 +164,7 @@ class AvTransposed {
 
   // The runs of lanes that the queries of a stream row may attend to.
   int find_runs(Tile const& tile, AxisIntervals const (&windows)[kMaxRank], int z, int y, LaneRun* runs) const {
-    int const length = tile.shape.size[2];
+    int const length = tile.shape->size[2];
     int count = 0;
     for (int l = 0; l < kLanes; l += length) {
       if (!tile.lane_interval(0, l).contains(z) || !tile.lane_interval(1, l).contains(y)) continue;

@@ -11,6 +11,7 @@ template <class Math>
 class Qk {
  public:
   using Storage = typename Math::Storage;
+  static constexpr bool kSlides = false;
   static constexpr StreamNeeds kNeeds{/*key_dot=*/true, /*key_sum=*/false, /*value_dot=*/false, /*value_sum=*/false};
 
   ForwardArguments const arguments;

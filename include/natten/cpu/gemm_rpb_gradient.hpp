@@ -40,7 +40,8 @@ class RpbGradient {
   explicit RpbGradient(UnfusedArguments const& arguments)
       : arguments_(arguments),
         problem_(arguments.problem),
-        schedule_(problem_, Side::kQuery, /*token_bytes=*/1, /*state_bytes=*/0, /*allow_ring=*/true, kCuts) {}
+        schedule_(problem_, Side::kQuery, /*token_bytes=*/1, /*state_bytes=*/0, /*allow_ring=*/true,
+                  /*may_slide=*/false, kCuts) {}
 
   void run() const {
     std::int64_t const items_per_head = schedule_.blocks_per_group() * schedule_.groups_per_head();  // and batch entry

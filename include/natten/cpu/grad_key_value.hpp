@@ -47,7 +47,7 @@ class GradKeyValue {
         token_words_(PackedTensor<Math>::token_words(problem_.head_dim) +
                      PackedTensor<Math>::token_words(problem_.head_dim_value)),
         schedule_(tiles_, Side::kKey, 4 * token_words_ + sizeof(QueryStats), 4 * (row_k_ + row_v_),
-                  /*allow_ring=*/source == KeySource::kWindow, num_threads) {}
+                  /*allow_ring=*/source == KeySource::kWindow, /*may_slide=*/false, num_threads) {}
 
   void run() const {
     for_each_item(schedule_.items, arguments_.num_threads, [this](std::int64_t i) {
@@ -124,7 +124,7 @@ class GradKeyValue {
     m.weights = arena.take<Vec>(kMaxChunkTokens);
     m.d_weights = arena.take<Vec>(kMaxChunkTokens);
     m.lane_weights = arena.take<Vec>(Math::kPerWord > 1 ? kMaxChunkTokens : 0);
-    m.states = arena.take<float>((is_one_piece(walk) ? 1 : schedule_.tiles_per_step()) * state_floats());
+    m.states = arena.take<float>((is_one_piece(walk) ? 1 : schedule_.panels_per_step()) * state_floats());
     return m;
   }
 
@@ -195,6 +195,7 @@ class GradKeyValue {
       for (int z = slices.begin; z < slices.end; ++z) {
         for (int y = sums.box[1].begin; y < sums.box[1].end; ++y) {
           for (int x = sums.box[2].begin; x < sums.box[2].end; ++x) {
+            if (x + kStoreAhead < sums.box[2].end) prefetch_token(d_query.at(z, y, x + kStoreAhead), problem_.head_dim);
             store_row(d_query.at(z, y, x), sums.at(z, y, x), static_cast<float>(problem_.scale), problem_.head_dim);
           }
         }
@@ -220,8 +221,8 @@ class GradKeyValue {
       auto const state_of = [&](int tile) { return memory.states + (one_piece ? 0 : tile) * state_floats(); };
       auto const clear = [&](float* state) { std::memset(state, 0, sizeof(float) * state_floats()); };
       if (!one_piece) {
-        for_each_tile(block, schedule_.tile,
-                      [&](int const(&)[kMaxRank], int tile_index) { clear(state_of(tile_index)); });
+        for_each_panel(block, schedule_.panel,
+                       [&](int const(&)[kMaxRank], int tile_index) { clear(state_of(tile_index)); });
       }
       bool is_finished = false;
       for (int h = 0; h < problem_.group_size(); ++h) {
@@ -234,7 +235,7 @@ class GradKeyValue {
           bool const nonfinite = pack(groups, item.batch, head, stream, slices);
           ring_nonfinite = one_piece ? ring_nonfinite || nonfinite : nonfinite;
           stream.nonfinite = ring_nonfinite;
-          for_each_tile(block, schedule_.tile, [&](int const(&corner)[kMaxRank], int tile_index) {
+          for_each_panel(block, schedule_.panel, [&](int const(&corner)[kMaxRank], int tile_index) {
             Tile const tile(schedule_.tile, corner, block, intervals);
             float* const state = state_of(tile_index);
             if (one_piece) clear(state);
@@ -262,7 +263,7 @@ class GradKeyValue {
       if (is_finished) return;
       Interval const nothing[kMaxRank] = {};
       if (source_ == KeySource::kAdditional) fill_with(nothing, block, memory.intervals, intervals);
-      for_each_tile(block, schedule_.tile, [&](int const(&corner)[kMaxRank], int tile_index) {
+      for_each_panel(block, schedule_.panel, [&](int const(&corner)[kMaxRank], int tile_index) {
         if (one_piece) clear(state_of(tile_index));  // keys that no query attends to
         finish(item, Tile(schedule_.tile, corner, block, intervals), state_of(tile_index));
       });
@@ -361,14 +362,15 @@ class GradKeyValue {
         UintVec const row_size = tile.row_size(chunk.z[r], chunk.y[r]);
         for (int i = 0; i < chunk.width; ++i, ++t) {
           QueryStats const& stats = stream.stats[chunk.token[r] + i];
-          IntVec const keep = tile.keep(chunk.x + i, row_size);
+          IntVec const x = chunk.first() + (chunk.x + i);
+          IntVec const keep = tile.place(x) < row_size;
           Vec logit = weights[t] * scale;
-          if (bias) logit += bias.at(chunk.z[r], chunk.y[r], chunk.x + i, keep) * kLog2e;
+          if (bias) logit += bias.at(chunk.z[r], chunk.y[r], x, keep) * kLog2e;
           Vec const weight = exp2(logit - stats.lse2);
           Vec const d_logit = weight * (d_weights[t] - stats.delta);
           weights[t] = keep ? weight : Vec{};
           d_weights[t] = keep ? d_logit : Vec{};
-          if (bias && d_bias != nullptr) bias.scatter(chunk.z[r], chunk.y[r], chunk.x + i, keep, d_weights[t], d_bias);
+          if (bias && d_bias != nullptr) bias.scatter(chunk.z[r], chunk.y[r], x, keep, d_weights[t], d_bias);
         }
       }
       if (sums) add_to_queries(tile, chunk, sums, nonfinite_rows, memory);
@@ -384,6 +386,8 @@ class GradKeyValue {
     constexpr int kTokens = Math::kPerWord;
     Operand const rows = key_rows(memory);
     Word const* const weights = Math::weights_by_lane(memory.d_weights, chunk.tokens(), memory.lane_weights);
+    int lane_word[kLanes];
+    for (int l = 0; l < kLanes; ++l) lane_word[l] = l;
     int const first = max(chunk.x, sums.box[2].begin);  // words may stick out of the box
     int const end = min(chunk.x + chunk.width, sums.box[2].end);
     for (int r = 0; r < chunk.rows; ++r) {
@@ -393,8 +397,8 @@ class GradKeyValue {
       float* const out = sums.at(chunk.z[r], chunk.y[r], first);
       auto const add = [&](int x, auto count) {
         WeightedRow const row{rows.data, weights + (r * chunk.width + x - chunk.x) * kLanes};
-        accumulate_channels<Math, decltype(count)::value, /*kMemberStep=*/kLanes, /*kWordStep=*/1>(
-            &row, 1, words, /*first_weight=*/0, rows, problem_.head_dim, out + (x - first) * row_k_, row_k_);
+        accumulate_channels<Math, decltype(count)::value>(&row, 1, words, WeightsOfTokens{lane_word}, rows,
+                                                          problem_.head_dim, out + (x - first) * row_k_, row_k_);
       };
       int x = first;
       if (nonfinite) {
@@ -424,12 +428,8 @@ class GradKeyValue {
   void finish(Schedule::Item const& item, Tile const& tile, float const* state) const {
     auto const d_key = tile_view<Storage>(arguments_.d_key, arguments_.d_additional_keys, item);
     auto const d_value = tile_view<Storage>(arguments_.d_value, arguments_.d_additional_values, item);
-    for (int l = 0; l < kLanes; ++l) {
-      if (!tile.has(l)) continue;
-      int const z = tile.position[0][l], y = tile.position[1][l], x = tile.position[2][l];
-      store_row(d_key.at(z, y, x), state + l * row_k_, static_cast<float>(problem_.scale), problem_.head_dim);
-      store_row(d_value.at(z, y, x), state + kLanes * row_k_ + l * row_v_, 1.0f, problem_.head_dim_value);
-    }
+    store_lanes(d_key, tile, problem_.head_dim, state, row_k_, [&](int) { return static_cast<float>(problem_.scale); });
+    store_lanes(d_value, tile, problem_.head_dim_value, state + kLanes * row_k_, row_v_, [](int) { return 1.0f; });
   }
 
   BackwardArguments const& arguments_;

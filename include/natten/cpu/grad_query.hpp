@@ -36,6 +36,7 @@ template <class Math>
 class GradQuery {
  public:
   using Storage = typename Math::Storage;
+  static constexpr bool kSlides = false;
   static constexpr StreamNeeds kNeeds{/*key_dot=*/true, /*key_sum=*/true, /*value_dot=*/true, /*value_sum=*/false};
 
   BackwardArguments const& arguments;
@@ -93,12 +94,13 @@ class GradQuery {
       for (int r = 0; r < chunk.rows; ++r) {
         UintVec const row_size = tile.row_size(chunk.z[r], chunk.y[r]);
         for (int i = 0; i < chunk.width; ++i, ++t) {
-          IntVec const keep = tile.keep(chunk.x + i, row_size);
+          IntVec const x = chunk.first() + (chunk.x + i);
+          IntVec const keep = tile.place(x) < row_size;
           Vec logit = weights_[t] * scale;
-          if (bias) logit += bias.at(chunk.z[r], chunk.y[r], chunk.x + i, keep) * kLog2e;
+          if (bias) logit += bias.at(chunk.z[r], chunk.y[r], x, keep) * kLog2e;
           Vec const d_logit = exp2(logit - lse2_) * (d_weights_[t] - delta_);
           weights_[t] = keep ? d_logit : Vec{};
-          if (bias && d_bias != nullptr) bias.scatter(chunk.z[r], chunk.y[r], chunk.x + i, keep, weights_[t], d_bias);
+          if (bias && d_bias != nullptr) bias.scatter(chunk.z[r], chunk.y[r], x, keep, weights_[t], d_bias);
         }
       }
       accumulate_chunk<Math>(tile, chunk, stream.key, stream.nonfinite, weights_, state, row_);
@@ -107,11 +109,8 @@ class GradQuery {
 
   void finish(TileContext const& c, float* state) const {
     auto const d_query = query_view<Storage>(problem_, arguments.d_query, c.item.groups, c.item.batch, c.head);
-    for (int l = 0; l < kLanes; ++l) {
-      if (!c.tile.has(l)) continue;
-      store_row(d_query.at(c.tile.position[0][l], c.tile.position[1][l], c.tile.position[2][l]), state + l * row_,
-                static_cast<float>(problem_.scale), problem_.head_dim);
-    }
+    store_lanes(d_query, c.tile, problem_.head_dim, state, row_,
+                [&](int) { return static_cast<float>(problem_.scale); });
   }
 
  private:
@@ -130,7 +129,7 @@ template <class Math>
 void grad_query(BackwardArguments const& arguments) {
   Problem const& problem = arguments.problem;
   GradQuery<Math> const prototype(arguments);
-  QueryBlocks<Math> const blocks(problem, prototype.state_floats(), arguments.num_threads);
+  QueryBlocks<Math> const blocks(problem, prototype.state_floats(), GradQuery<Math>::kSlides, arguments.num_threads);
   std::int64_t const items_per_head = blocks.items_per_head();  // and batch entry
   for_each_unit(arguments, problem.batch * items_per_head, [&](std::int64_t unit, int head_kv, float* d_bias) {
     GradQuery<Math> pass = prototype;  // scratch memory is a thread's own

@@ -32,8 +32,10 @@ struct Float32Math {
     return (bit_cast<UintVec>(words) & 0x7f800000u) == 0x7f800000u;
   }
   NATTEN_INLINE static Vec multiply_add(Vec sum, Vec a, Word const* b) { return sum + a * load_as<float>(b); }
-  // Weights [tokens][lane] as the words that a weighted sum broadcasts: they are that already.
-  NATTEN_INLINE static void weights_to_words(Vec*, int) {}
+  NATTEN_INLINE static Vec multiply_add(Vec sum, Vec a, Vec b) { return sum + a * b; }
+  // Weights [row][slot][lane], rows being `pitch` vectors, as the words that a weighted sum broadcasts: they are that already.
+  // Returns the vectors from row to row.
+  NATTEN_INLINE static int weights_to_words(Vec*, int, int, int pitch, IntVec) { return pitch; }
   // The same weights as words that a sum over lanes broadcasts.
   NATTEN_INLINE static Word const* weights_by_lane(Vec const* weights, int, Vec*) {
     return reinterpret_cast<Word const*>(weights);
@@ -66,14 +68,28 @@ struct BFloat16Math {
   NATTEN_INLINE static Vec multiply_add(Vec sum, Vec a, Word const* b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)_mm512_set1_epi32(static_cast<int>(*b)));
   }
-  // In place: row j becomes the bfloat16 pairs of rows 2j and 2j + 1. `rows` is even.
-  NATTEN_INLINE static void weights_to_words(Vec* weights, int rows) {
-    for (int j = 0; j < rows / 2; ++j) {
-      __m512bh pair = _mm512_cvtne2ps_pbh(weights[2 * j + 1], weights[2 * j]);
-      // The instruction puts one source's lanes behind the other's; a word needs them side by side.
-      UintVec halves = bit_cast<UintVec>(pair);
-      weights[j] = bit_cast<Vec>(interleave_halves(halves));
+  NATTEN_INLINE static Vec multiply_add(Vec sum, Vec a, Vec b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  }
+  // In place: vector j of a row becomes the bfloat16 pairs of slots 2j and 2j + 1, in lanes that are `odd` of slots 2j - 1 and 2j.
+  // Slots are even in number, or zeros follow and come before them, so that a row of words has zeros behind its end, too.
+  NATTEN_INLINE static int weights_to_words(Vec* weights, int rows, int slots, int pitch, IntVec odd) {
+    if (slots == pitch) {
+      for (int j = 0; j < rows * slots / 2; ++j) weights[j] = pair_words(weights[2 * j], weights[2 * j + 1]);
+      return slots / 2;
     }
+    int const words = slots / 2 + 1;
+    int const word_pitch = words + (pitch - slots) / 2 + 1;
+    for (int r = 0; r < rows; ++r) {
+      Vec const* const from = weights + r * pitch;
+      Vec* const to = weights + r * word_pitch;
+      for (int j = 0; j < words; ++j) {
+        Vec const middle = from[2 * j];
+        to[j] = pair_words(odd ? from[2 * j - 1] : middle, odd ? middle : from[2 * j + 1]);
+      }
+      for (int j = words; j < word_pitch; ++j) to[j] = Vec{};
+    }
+    return word_pitch;
   }
   // Word j of token t, at [t * kLanes + j], is the bfloat16 pair of lanes 2j and 2j + 1.
   NATTEN_INLINE static Word const* weights_by_lane(Vec const* weights, int tokens, Vec* scratch) {
@@ -85,6 +101,11 @@ struct BFloat16Math {
   }
 
  private:
+  // Word l is the bfloat16 pair of lane l of both.
+  NATTEN_INLINE static Vec pair_words(Vec even, Vec odd) {
+    // The instruction puts one source's lanes behind the other's; a word needs them side by side.
+    return bit_cast<Vec>(interleave_halves(bit_cast<UintVec>(_mm512_cvtne2ps_pbh(odd, even))));
+  }
   NATTEN_INLINE static UintVec channels(Storage const* row, int n) {
     if (n >= kLanes) return __builtin_convertvector(load_as<HalfVec>(row), UintVec);
     Storage padded[kLanes] = {};

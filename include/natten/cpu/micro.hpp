@@ -9,6 +9,14 @@
 
 namespace natten::cpu::NATTEN_CPU_ISA {
 
+constexpr int round_up(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+// use(std::integral_constant<int, I>()) for every I.
+template <class Use, int... I>
+NATTEN_INLINE void for_each_constant(std::integer_sequence<int, I...>, Use const& use) {
+  (use(std::integral_constant<int, I>()), ...);
+}
+
 // A packed operand: token t's words [64 p, 64 p + 64) are at data + p * plane_stride + t * pitch. The pitch is one of
 // two constants so that all tokens of a run are displacements from one address; planes keep it small for any head_dim.
 constexpr int kPlaneWords = 64;
@@ -31,6 +39,36 @@ struct Operand {
 inline std::int64_t operand_words(int words) {
   return words <= kPlaneWords / 2 ? kPlaneWords / 2 : std::int64_t{ceil_div(words, kPlaneWords)} * kPlaneWords;
 }
+
+// A packed operand whose tokens slide past the lanes: of each row of tokens, word by word, the tokens side by side. Long rows are
+// cut into blocks, so that the words of neighbours stay near each other; as blocks overlap, kSlideReach tokens from any on
+// are in one block.
+constexpr int kSlideReach = 32;
+constexpr int kSlideBlock = 128;
+
+struct SlidingOperand {
+  Word* data = nullptr;
+  int words = 0;
+  int pitch = 0;  // from a token's word to its next
+  int blocks = 0;
+
+  SlidingOperand() = default;
+  SlidingOperand(Word* data_, int words_, int width)
+      : data(data_), words(words_), pitch(round_up(width, kLanes)), blocks(1) {
+    if (pitch <= kSlideBlock + kSlideReach) return;
+    pitch = kSlideBlock + kSlideReach;
+    blocks = ceil_div(width, kSlideBlock);
+  }
+  std::int64_t row_words() const { return std::int64_t{blocks} * words * pitch; }
+  // What is read beyond the last row: its value does not matter.
+  static constexpr int kSlack = kSlideReach;
+
+  // A word of token x of a row.
+  NATTEN_INLINE Word* at(int row, int x, int word) const {
+    int const block = blocks == 1 ? 0 : x / kSlideBlock;
+    return data + row * row_words() + (std::int64_t{block} * words + word) * pitch + (x - block * kSlideBlock);
+  }
+};
 
 // Tokens a run of dot products holds in registers, times two: with one vector of the lane side and, before AVX-512, one
 // for the broadcast, 24 of 32 or 12 of 16 registers accumulate. 20 and more reach 95 % of FMA peak, 10 reach 90 %.
@@ -122,18 +160,51 @@ struct WeightedRow {
   Word const* weights;
 };
 
+// Where the weights of a row are: of member g of a group for word w at weights[member[g] + w * kLanes] ...
+struct WeightsOfLanes {
+  int const* member;
+
+  template <int G>
+  struct Row {
+    Word const* first[G];
+    NATTEN_INLINE Word const* at(int g, int w) const { return first[g] + w * kLanes; }
+  };
+  template <int G>
+  NATTEN_INLINE Row<G> row(Word const* weights) const {
+    Row<G> row;
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) row.first[g] = weights + member[g];
+    return row;
+  }
+};
+
+// ... or, where lanes are the words and streamed tokens the members, at weights[word[w] + g * kLanes].
+struct WeightsOfTokens {
+  int const* word;
+
+  template <int G>
+  struct Row {
+    Word const* first;
+    int const* word;
+    NATTEN_INLINE Word const* at(int g, int w) const { return first + word[w] + g * kLanes; }
+  };
+  template <int G>
+  NATTEN_INLINE Row<G> row(Word const* weights) const {
+    return {weights, word};
+  }
+};
+
 // out[g][c] += sum over rows and `words` of each of weight[g][word] * value[word][c], for G members of a group and C vectors
-// of channels, which start `channel` words behind a word's first. The weight of member g for word w lies at
-// weights[first_weight + g * kMemberStep + w * kWordStep].
-template <class Math, int G, int C, int kMemberStep, int kWordStep>
-void accumulate(WeightedRow const* rows, int num_rows, Interval words, int first_weight, std::int64_t pitch,
+// of channels, which start `channel` words behind a word's first.
+template <class Math, int G, int C, class Weights>
+void accumulate(WeightedRow const* rows, int num_rows, Interval words, Weights where, std::int64_t pitch,
                 std::int64_t channel, float* out, std::int64_t out_stride) {
   // 16 accumulators, in several sets if need be: 8 just cover the latency of an FMA (4 cycles, 2 a cycle), and any
   // hiccup costs (6 % at 2 x 4).
   constexpr int kAccumulators = kRegisters == 32 ? 16 : 8;
   constexpr int kSets = G * C >= kAccumulators ? 1 : 2 * G * C >= kAccumulators ? 2 : 4;
   Vec sum[kSets][G][C] = {};
-  auto const add = [&](Word const* values, Word const* weights, auto set) __attribute__((always_inline)) {
+  auto const add = [&](Word const* values, auto const& weights, int w, auto set) __attribute__((always_inline)) {
     Vec v[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
@@ -144,30 +215,27 @@ void accumulate(WeightedRow const* rows, int num_rows, Interval words, int first
     for (int g = 0; g < G; ++g) {
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) {
-        sum[set][g][c] = Math::multiply_add(sum[set][g][c], v[c], weights + g * kMemberStep);
+        sum[set][g][c] = Math::multiply_add(sum[set][g][c], v[c], weights.at(g, w));
       }
     }
   };
   std::int64_t const first_value = words.begin * pitch + channel;
-  first_weight += words.begin * kWordStep;
   for (int r = 0; r < num_rows; ++r) {
     Word const* values = rows[r].values + first_value;
-    Word const* weights = rows[r].weights + first_weight;
+    auto const weights = where.template row<G>(rows[r].weights);
     int w = words.begin;
     if constexpr (kSets > 1) {
       for (; w + kSets <= words.end; w += kSets) {
-        add(values, weights, std::integral_constant<int, 0>{});
-        add(values + pitch, weights + kWordStep, std::integral_constant<int, 1>{});
+        add(values, weights, w, std::integral_constant<int, 0>{});
+        add(values + pitch, weights, w + 1, std::integral_constant<int, 1>{});
         if constexpr (kSets > 2) {
-          add(values + 2 * pitch, weights + 2 * kWordStep, std::integral_constant<int, 2 % kSets>{});
-          add(values + 3 * pitch, weights + 3 * kWordStep, std::integral_constant<int, 3 % kSets>{});
+          add(values + 2 * pitch, weights, w + 2, std::integral_constant<int, 2 % kSets>{});
+          add(values + 3 * pitch, weights, w + 3, std::integral_constant<int, 3 % kSets>{});
         }
         values += kSets * pitch;
-        weights += kSets * kWordStep;
       }
     }
-    for (; w < words.end; ++w, values += pitch, weights += kWordStep)
-      add(values, weights, std::integral_constant<int, 0>{});
+    for (; w < words.end; ++w, values += pitch) add(values, weights, w, std::integral_constant<int, 0>{});
   }
 #pragma GCC unroll 4
   for (int g = 0; g < G; ++g) {
@@ -183,14 +251,14 @@ void accumulate(WeightedRow const* rows, int num_rows, Interval words, int first
 }
 
 // The same for any number of channels.
-template <class Math, int G, int kMemberStep, int kWordStep>
-void accumulate_channels(WeightedRow const* rows, int num_rows, Interval words, int first_weight, Operand const& values,
+template <class Math, int G, class Weights>
+void accumulate_channels(WeightedRow const* rows, int num_rows, Interval words, Weights where, Operand const& values,
                          int channels, float* out, std::int64_t out_stride) {
   for (int c = 0; c < channels; c += 4 * kLanes) {
     std::int64_t const channel = c / kPlaneWords * values.plane_stride + c % kPlaneWords;
     auto const run = [&](auto vectors) {
-      accumulate<Math, G, decltype(vectors)::value, kMemberStep, kWordStep>(rows, num_rows, words, first_weight,
-                                                                            values.pitch, channel, out + c, out_stride);
+      accumulate<Math, G, decltype(vectors)::value>(rows, num_rows, words, where, values.pitch, channel, out + c,
+                                                    out_stride);
     };
     int const vectors = min(4, ceil_div(channels - c, kLanes));
     if (vectors == 4) run(std::integral_constant<int, 4>{});

@@ -47,9 +47,12 @@ GroupView<T> additional_view(TensorRef const& tensor, std::int64_t batch, int he
 // One tile of one head, to a pass.
 struct TileContext {
   Schedule::Item const& item;
+  Panel const& panel;
+  int index;  // of the tile in its panel
   Tile const& tile;
   int head;
-  int ahead;  // positions to the next tile on the last axis; 0 at its end
+  int ahead;  // positions to the same tile of the next panel on the last axis; 0 at its end
+  bool is_line;  // whether the panel's tiles are neighbours on the last axis
 };
 
 // Which operands of the stream a pass multiplies with.
@@ -62,18 +65,19 @@ struct StreamNeeds {
 //   state_floats()                    what it keeps of a tile from piece to piece
 //   take_scratch(arena)               scratch memory
 //   clear(state), load(context), attend(context, stream, tile, bias, state), finish(context, state)
+//   kSlides; attend_panel(context of the first tile, stream, biases, states)
 template <class Math>
 class QueryBlocks {
  public:
   using Storage = typename Math::Storage;
 
-  QueryBlocks(Problem const& problem, std::int64_t state_floats, int num_threads)
+  QueryBlocks(Problem const& problem, std::int64_t state_floats, bool may_slide, int num_threads)
       : problem_(problem),
         state_floats_(state_floats),
         token_words_(token_words(problem.head_dim) + token_words(problem.head_dim_value)),
         additional_capacity_(min(problem.additional_keys, static_cast<int>(kPackedBytes / 16 / token_words_))),
         schedule_(problem, Side::kQuery, 4 * token_words_, 4 * state_floats / kLanes * problem.group_size(),
-                  /*allow_ring=*/additional_capacity_ == problem.additional_keys, num_threads) {}
+                  /*allow_ring=*/additional_capacity_ == problem.additional_keys, may_slide, num_threads) {}
 
   std::int64_t items() const { return schedule_.items; }
   // Items of one head of one batch entry are neighbours.
@@ -85,7 +89,8 @@ class QueryBlocks {
     if (item.empty) return;
     Walk const walk(schedule_, item, Math::kPerWord);
     bool const one_piece = walk.is_ring() && additional_capacity_ == problem_.additional_keys;
-    std::int64_t const states = one_piece ? 1 : std::int64_t{schedule_.tiles_per_step()} * problem_.group_size();
+    std::int64_t const states =
+        one_piece ? schedule_.tiles_per_panel() : std::int64_t{schedule_.panels_per_step()} * problem_.group_size();
 
     Arena counter(nullptr);
     take_memory(counter, walk, states);
@@ -101,25 +106,44 @@ class QueryBlocks {
     KeyStream<Math> additional;  // stays packed if it is one piece
     if (one_piece && problem_.additional_keys > 0) {
       StreamBox const box(line, Math::kPerWord, /*padding=*/0, /*origin=*/0, /*ring=*/1);
-      additional = packed(box, memory.additional);
+      additional = packed(box, memory.additional, nullptr);
       additional.nonfinite = pack_additional(pass, item, additional);
     }
 
     walk.for_each_step([&](Interval const(&block)[kMaxRank]) {
-      // use(context, state) for every tile and every head that reads this block's key head.
+      // use(context, state) for the first tile of every panel, and every head that reads this block's key head.
       auto const for_each_head = [&](auto const& use) {
-        for_each_tile(block, schedule_.tile, [&](int const(&corner)[kMaxRank], int tile_index) {
-          Tile const tile(schedule_.tile, corner, block, intervals);
-          int const ahead = tile.box[2].end < block[2].end ? schedule_.tile.size[2] : 0;
+        for_each_panel(block, schedule_.panel, [&](int const(&corner)[kMaxRank], int index) {
+          Panel const panel = schedule_.panel_at(corner, block, intervals);
+          int const ahead = corner[2] + schedule_.panel[2] < block[2].end ? schedule_.panel[2] : 0;
           for (int h = 0; h < problem_.group_size(); ++h) {
-            std::int64_t const state = one_piece ? 0 : std::int64_t{tile_index} * problem_.group_size() + h;
-            use(TileContext{item, tile, item.head_kv * problem_.group_size() + h, ahead},
+            std::int64_t const state = one_piece ? 0 : std::int64_t{index} * problem_.group_size() + h;
+            use(TileContext{item, panel, 0, panel[0], item.head_kv * problem_.group_size() + h, ahead,
+                            schedule_.panel_axis == 2},
                 memory.states + state * state_floats_);
           }
         });
       };
-      auto const attend_window = [&](TileContext const& c, KeyStream<Math> const& stream, float* state) {
-        pass.attend(c, stream, c.tile, Bias(problem_, pass.arguments.rpb, c.head, c.tile, Side::kQuery), state);
+      // The same for all tiles of its panel.
+      auto const for_each_tile = [&](TileContext const& first, float* states, auto const& use) {
+        for (int t = 0; t < first.panel.count(); ++t) {
+          use(TileContext{item, first.panel, t, first.panel[t], first.head, first.ahead, first.is_line},
+              states + t * state_floats_);
+        }
+      };
+      auto const bias_of = [&](Tile const& tile, int head) {
+        return Bias(problem_, pass.arguments.rpb, head, tile, Side::kQuery);
+      };
+      auto const attend_window = [&](TileContext const& c, KeyStream<Math> const& stream, float* states) {
+        if constexpr (Pass::kSlides && kCanSlide) {
+          if (schedule_.slides) {
+            Bias biases[kPanelTiles];
+            for (int t = 0; t < c.panel.count(); ++t) biases[t] = bias_of(c.panel[t], c.head);
+            pass.attend_panel(c, stream, biases, states);
+            return;
+          }
+        }
+        pass.attend(c, stream, c.tile, bias_of(c.tile, c.head), states);
       };
       auto const attend_additional = [&](TileContext const& c, KeyStream<Math> const& stream, float* state) {
         pass.attend(c, stream, c.tile.against_all(problem_.additional_keys), Bias(), state);
@@ -128,22 +152,26 @@ class QueryBlocks {
       if (one_piece) {
         KeyStream<Math> window;
         walk.for_each_stream_piece(block, /*keeps_ring=*/true, [&](StreamBox const& box, Interval slices) {
-          window = packed(box, memory.packed);
+          window = packed(box, memory.packed, schedule_.slides ? &walk : nullptr);
           ring_nonfinite |= pack_window(pass, item, window, slices);
           window.nonfinite = ring_nonfinite;
         });
-        for_each_head([&](TileContext const& c, float* state) {
-          pass.clear(state);
-          pass.load(c);
-          if (window.is_packed) attend_window(c, window, state);
-          if (additional.is_packed) attend_additional(c, additional, state);
-          pass.finish(c, state);
+        for_each_head([&](TileContext const& first, float* states) {
+          for_each_tile(first, states, [&](TileContext const& c, float* state) {
+            pass.clear(state);
+            pass.load(c);
+          });
+          if (window.is_packed) attend_window(first, window, states);
+          for_each_tile(first, states, [&](TileContext const& c, float* state) {
+            if (additional.is_packed) attend_additional(c, additional, state);
+            pass.finish(c, state);
+          });
         });
         return;
       }
       for_each_head([&](TileContext const&, float* state) { pass.clear(state); });
       walk.for_each_stream_piece(block, /*keeps_ring=*/false, [&](StreamBox const& box, Interval slices) {
-        KeyStream<Math> stream = packed(box, memory.packed);
+        KeyStream<Math> stream = packed(box, memory.packed, nullptr);
         stream.nonfinite = pack_window(pass, item, stream, slices);
         for_each_head([&](TileContext const& c, float* state) {
           pass.load(c);
@@ -151,7 +179,7 @@ class QueryBlocks {
         });
       });
       for_each_piece(line, additional_capacity_, Math::kPerWord, [&](StreamBox const& box) {
-        KeyStream<Math> stream = packed(box, memory.additional);
+        KeyStream<Math> stream = packed(box, memory.additional, nullptr);
         stream.nonfinite = pack_additional(pass, item, stream);
         for_each_head([&](TileContext const& c, float* state) {
           pass.load(c);
@@ -173,7 +201,9 @@ class QueryBlocks {
   Memory take_memory(Arena& arena, Walk const& walk, std::int64_t states) const {
     Memory m;
     m.intervals = arena.take<Interval>(schedule_.positions());
-    m.packed = arena.take<Word>(token_words_ * walk.capacity());
+    m.packed = arena.take<Word>(schedule_.slides
+                                    ? sliding_key_words(walk) + token_words(problem_.head_dim_value) * walk.capacity()
+                                    : token_words_ * walk.capacity());
     m.additional = arena.take<Word>(token_words_ * round_up(additional_capacity_, Math::kPerWord));
     m.states = arena.take<float>(states * state_floats_);
     return m;
@@ -181,12 +211,21 @@ class QueryBlocks {
 
   static std::int64_t token_words(int dim) { return PackedTensor<Math>::token_words(dim); }
 
-  KeyStream<Math> packed(StreamBox const& box, Word* memory) const {
+  std::int64_t sliding_key_words(Walk const& walk) const {
+    return PackedTensor<Math>::sliding_words(problem_.head_dim, walk.ring_rows(), walk.row_tokens());
+  }
+
+  // `slides`: the walk whose ring it is, if keys slide.
+  KeyStream<Math> packed(StreamBox const& box, Word* memory, Walk const* slides) const {
     KeyStream<Math> stream;
     stream.box = box;
+    std::int64_t key_words = token_words(problem_.head_dim) * box.tokens();
     stream.key = PackedTensor<Math>(memory, problem_.head_dim, box.tokens());
-    stream.value = PackedTensor<Math>(memory + token_words(problem_.head_dim) * box.tokens(), problem_.head_dim_value,
-                                      box.tokens());
+    if (slides != nullptr) {
+      key_words = sliding_key_words(*slides);
+      stream.key = PackedTensor<Math>::sliding(memory, problem_.head_dim, slides->row_tokens());
+    }
+    stream.value = PackedTensor<Math>(memory + key_words, problem_.head_dim_value, box.tokens());
     stream.is_packed = true;
     return stream;
   }
@@ -224,7 +263,7 @@ class QueryBlocks {
 // A pass over everything.
 template <class Math, class Pass>
 void run_query_blocks(Pass const& prototype, int num_threads) {
-  QueryBlocks<Math> const blocks(prototype.arguments.problem, prototype.state_floats(), num_threads);
+  QueryBlocks<Math> const blocks(prototype.arguments.problem, prototype.state_floats(), Pass::kSlides, num_threads);
   for_each_item(blocks.items(), num_threads, [&](std::int64_t i) {
     Pass pass = prototype;  // scratch memory is a thread's own
     blocks.run_item(pass, i);

@@ -8,8 +8,8 @@
 #include <cstdlib>
 #include <new>
 
+#include "natten/cpu/panel.hpp"
 #include "natten/cpu/parallel.hpp"
-#include "natten/cpu/tile.hpp"
 #include "natten/tiling.hpp"
 
 namespace natten::cpu::NATTEN_CPU_ISA {
@@ -35,6 +35,7 @@ void put_walk_axis_first(Problem& problem, Tensors&... tensors) {
 // Bounds of one thread's scratch memory. With scores and intervals it stays below 8 MB, whatever the window.
 constexpr std::int64_t kPackedBytes = 4 << 20;
 constexpr std::int64_t kStateBytes = 1 << 20;
+constexpr int kMaxWordPadding = 2;  // tokens that fill the words at the ends of a row
 constexpr int kItemsPerThread = 4;  // enough for threads to finish together, if their shares are not equal
 constexpr int kTileTableIndex = kLanes == 16 ? 2 : kLanes == 8 ? 1 : 0;
 static_assert(TileTable::kSmallest << kTileTableIndex == kLanes, "the table holds a tile for every vector width");
@@ -42,7 +43,10 @@ static_assert(TileTable::kSmallest << kTileTableIndex == kLanes, "the table hold
 // The side whose tokens are lanes, cut into blocks.
 struct Schedule {
   Side side;
+  bool slides;
   TileShape tile;
+  int panel_axis = 0;  // on which the tiles of a panel are neighbours
+  int panel[kMaxRank];  // tokens
   int groups[kMaxRank];
   int block[kMaxRank];  // tokens, whole tiles
   int blocks[kMaxRank];  // per group
@@ -53,32 +57,50 @@ struct Schedule {
   std::int64_t items;
 
   // `token_bytes`: of a packed token of the stream. `state_bytes`: of a token of a tile, between pieces. `allow_ring`:
-  // whether a tile can be finished with what the ring holds.
+  // whether a tile can be finished with what the ring holds. `may_slide`: whether tiles may be those of a panel, if there is a ring.
   Schedule(Problem const& problem, Side side_, std::int64_t token_bytes, std::int64_t state_bytes, bool allow_ring,
-           int num_threads)
+           bool may_slide, int num_threads)
       : side(side_),
-        tile(problem.tiles.shape[static_cast<int>(side_)][kTileTableIndex]),
+        slides(may_slide && kCanSlide && problem.tiles.queries_slide && allow_ring),
         max_packed(max(64, static_cast<int>(kPackedBytes / token_bytes))),
         batch(problem.batch),
         heads_kv(problem.heads_kv) {
+    if (slides && plan(problem, state_bytes, allow_ring, num_threads)) return;
+    slides = false;
+    plan(problem, state_bytes, allow_ring, num_threads);
+  }
+
+ private:
+  // Returns whether what a step streams fits into the ring.
+  bool plan(Problem const& problem, std::int64_t state_bytes, bool allow_ring, int num_threads) {
+    if (slides) {
+      tile = TileShape();
+      // Where windows are longest, neighbours share most; on the last axis only those of windows longer than a tile.
+      int const longer = problem.axes[1].kernel_size >= problem.axes[0].kernel_size ? 1 : 0;
+      panel_axis = problem.axes[longer].kernel_size > 1 ? longer : 2;
+    } else {
+      tile = TileShape(problem.tiles.shape[static_cast<int>(side)][kTileTableIndex]);
+    }
     Group first[kMaxRank];
     int whole[kMaxRank];
     for (int a = 0; a < kMaxRank; ++a) {
       groups[a] = problem.axes[a].groups();
       first[a] = problem.axes[a].group(0);
-      whole[a] = round_up(longest(problem.axes[a]), tile.size[a]);
-      block[a] = max(whole[a], tile.size[a]);
+      panel[a] = tile.size[a] * (slides && a == panel_axis ? kPanelTiles : 1);
+      whole[a] = round_up(longest(problem.axes[a]), panel[a]);
+      block[a] = max(whole[a], panel[a]);
     }
     // The ring of a slice has to fit: cut across the walk where that helps.
     auto const ring = [&] {
-      return std::int64_t{longest_stream(first[0], tile.size[0])} * longest_stream(first[1], block[1]) *
-             longest_stream(first[2], block[2]);
+      return std::int64_t{longest_stream(first[0], panel[0])} * longest_stream(first[1], block[1]) *
+             (longest_stream(first[2], block[2]) + kMaxWordPadding);
     };
     while (ring() > max_packed && halve(block[1] > block[2] ? 1 : 2)) {
     }
     bool const has_ring = allow_ring && ring() <= max_packed && tokens(block) >= min(kMinBlock, tokens(whole));
     if (!has_ring) {
-      for (int a = 0; a < kMaxRank; ++a) block[a] = max(whole[a], tile.size[a]);
+      if (slides) return false;
+      for (int a = 0; a < kMaxRank; ++a) block[a] = max(whole[a], panel[a]);
       while (tokens(block) * state_bytes > kStateBytes && halve(largest())) {
       }
     }
@@ -93,12 +115,14 @@ struct Schedule {
     // Equal shares for all threads, or enough items for shares to be nearly equal; every cut packs a window's length twice.
     int const threads = max(1, num_threads);
     while (items > 0 && items % threads != 0 && items < std::int64_t{kItemsPerThread} * threads &&
-           tokens(block) > kMinBlock && halve(block[0] > tile.size[0] ? 0 : largest())) {
+           tokens(block) > kMinBlock && halve(block[0] > panel[0] ? 0 : largest())) {
       count_items();
     }
-    step = has_ring ? tile.size[0] : block[0];
+    step = has_ring ? panel[0] : block[0];
+    return has_ring;
   }
 
+ public:
   struct Item {
     std::int64_t batch;
     int head_kv;
@@ -137,7 +161,24 @@ struct Schedule {
 
   // Room for the intervals of a block's positions.
   int positions() const { return block[0] + block[1] + block[2]; }
-  int tiles_per_step() const { return step / tile.size[0] * (block[1] / tile.size[1]) * (block[2] / tile.size[2]); }
+  int panels_per_step() const { return step / panel[0] * (block[1] / panel[1]) * (block[2] / panel[2]); }
+  // Tiles whose states are kept side by side.
+  int tiles_per_panel() const { return slides ? kPanelTiles : 1; }
+
+  Panel panel_at(int const (&corner)[kMaxRank], Interval const (&of_block)[kMaxRank],
+                 AxisIntervals const (&intervals)[kMaxRank]) const {
+    Panel tiles;
+    tiles.add(Tile(tile, corner, of_block, intervals));
+    if constexpr (kPanelTiles > 1) {
+      int at[kMaxRank] = {corner[0], corner[1], corner[2]};
+      while (tiles.count() < tiles_per_panel() &&
+             (at[panel_axis] += tile.size[panel_axis]) < of_block[panel_axis].end) {
+        tiles.add(panel_axis == 2 ? Tile(tile, at, of_block, intervals)
+                                  : tiles[tiles.count() - 1].next_on(panel_axis, intervals[panel_axis]));
+      }
+    }
+    return tiles;
+  }
 
  private:
   // A smaller block packs its stream too often for too few tiles.
@@ -147,8 +188,8 @@ struct Schedule {
   static std::int64_t min(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
   bool halve(int axis) {
-    if (block[axis] <= tile.size[axis]) return false;
-    block[axis] = ceil_div(block[axis] / tile.size[axis], 2) * tile.size[axis];
+    if (block[axis] <= panel[axis]) return false;
+    block[axis] = ceil_div(block[axis] / panel[axis], 2) * panel[axis];
     return true;
   }
   int largest() const { return block[0] >= block[1] ? (block[0] >= block[2] ? 0 : 2) : (block[1] >= block[2] ? 1 : 2); }
@@ -177,13 +218,13 @@ inline void fill_intervals(Schedule::Item const& item, Side side, Interval* memo
   }
 }
 
-// Calls visit(corner, index) for every tile of a block.
+// Calls visit(corner, index) for every panel of a block.
 template <class Visit>
-void for_each_tile(Interval const (&block)[kMaxRank], TileShape const& tile, Visit const& visit) {
+void for_each_panel(Interval const (&block)[kMaxRank], int const (&size)[kMaxRank], Visit const& visit) {
   int index = 0;
-  for (int z = block[0].begin; z < block[0].end; z += tile.size[0]) {
-    for (int y = block[1].begin; y < block[1].end; y += tile.size[1]) {
-      for (int x = block[2].begin; x < block[2].end; x += tile.size[2], ++index) {
+  for (int z = block[0].begin; z < block[0].end; z += size[0]) {
+    for (int y = block[1].begin; y < block[1].end; y += size[1]) {
+      for (int x = block[2].begin; x < block[2].end; x += size[2], ++index) {
         int const corner[kMaxRank] = {z, y, x};
         visit(corner, index);
       }
@@ -229,6 +270,9 @@ class Walk {
   bool is_ring() const { return is_ring_; }
   // The longest stream of a step, in slices along the first axis.
   int ring() const { return ring_; }
+  // All its rows, and the tokens of one.
+  int ring_rows() const { return ring_ * stream_[1].size(); }
+  int row_tokens() const { return stream_[2].size(); }
   // The stream of a step along the first axis.
   Interval slices_of(Interval const (&block)[kMaxRank]) const {
     return stream_of(item_.groups[0], schedule_.side, block[0]);

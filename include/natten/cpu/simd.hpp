@@ -179,6 +179,21 @@ NATTEN_INLINE void store_row(Storage* to, float const* from, float factor, int d
   if (c < dim) store_first(to + c, load_vec(from + c) * factor, dim - c);
 }
 
+// Lane l is v[from[l]].
+NATTEN_INLINE Vec permute(Vec v, IntVec from) { return __builtin_shuffle(v, from); }
+
+// Lanes [kFirst, kFirst + kLanes) of two vectors side by side.
+template <int kFirst>
+NATTEN_INLINE Vec shifted(Vec low, Vec high) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_alignr_epi32((__m512i)high, (__m512i)low, kFirst);
+#else
+  IntVec from;
+  for (int l = 0; l < kLanes; ++l) from[l] = l + kFirst;
+  return __builtin_shuffle(low, high, from);
+#endif
+}
+
 NATTEN_INLINE Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 
 // Halves added to halves: log2(kLanes) steps, where adding lane to lane would take kLanes of 4 cycles each.

@@ -11,8 +11,6 @@
 
 namespace natten::cpu::NATTEN_CPU_ISA {
 
-constexpr int round_up(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
-
 // One head of one batch entry of one dilation group of a tensor, addressed by position.
 template <class T>
 struct GroupView {
@@ -51,10 +49,9 @@ struct StreamBox {
         ring(ring_) {}
 
   int tokens() const { return ring * axis[1].size() * pitch; }
-  // Packed index of a token.
-  NATTEN_INLINE int token(int z, int y, int x) const {
-    return ((z - origin) % ring * axis[1].size() + (y - axis[1].begin)) * pitch + (x - first);
-  }
+  // Packed index of a row, and of a token.
+  NATTEN_INLINE int row(int z, int y) const { return (z - origin) % ring * axis[1].size() + (y - axis[1].begin); }
+  NATTEN_INLINE int token(int z, int y, int x) const { return row(z, y) * pitch + (x - first); }
 };
 
 NATTEN_INLINE Word* word_at(Operand const& operand, int token, int word) {
@@ -76,6 +73,10 @@ NATTEN_INLINE void prefetch_token(T* row, int dim) {
   for (int i = 0; i < dim; i += kLine) __builtin_prefetch(row + i, /*rw=*/!std::is_const<T>::value);
 }
 
+// Stores wait for their lines one after the other: what is in the L2 cache by now is asked for some rows ahead of its store (a
+// third of the time that a small window's output takes).
+constexpr int kStoreAhead = 6;
+
 constexpr int kPrefetchTokens = 8;
 
 // Reading a box row by row. At the end of a row, what comes next are the first tokens of the row after it: without them, rows
@@ -85,6 +86,7 @@ struct Prefetcher {
   GroupView<T> const& from;
   Interval const (&axis)[kMaxRank];
   Interval slices;
+  int ahead = kPrefetchTokens;
   T* next = nullptr;  // the first token of the next row; null behind the last
 
   NATTEN_INLINE void start_row(int z, int y) {
@@ -94,8 +96,8 @@ struct Prefetcher {
   }
   // `row`: token x of the row.
   NATTEN_INLINE void at(T* row, int x, int dim) const {
-    int const beyond = x + kPrefetchTokens - axis[2].end;
-    if (beyond < 0) prefetch_token(row + kPrefetchTokens * from.step[2], dim);
+    int const beyond = x + ahead - axis[2].end;
+    if (beyond < 0) prefetch_token(row + ahead * from.step[2], dim);
     else if (next != nullptr && beyond < axis[2].size()) prefetch_token(next + beyond * from.step[2], dim);
   }
 };
@@ -175,11 +177,69 @@ bool pack_sum(GroupView<typename Math::Storage const> const& from, StreamBox con
   return any(nonfinite);
 }
 
+// Tokens as lanes: store(word, vectors) for kLanes words at a time, those behind `dim` being 0. token_of(lane) is a pointer, which
+// is null in some lanes unless there are `all`; they are 0.
+template <class Math, class TokenOf, class Store>
+NATTEN_INLINE void transpose_tokens(TokenOf const& token_of, bool all, int dim, Store const& store) {
+  constexpr int kElements = kLanes * Math::kPerWord;
+  for (int w = 0; w * Math::kPerWord < dim; w += kLanes) {
+    int const element = w * Math::kPerWord;
+    Vec rows[kLanes];
+    if (all && element + kElements <= dim) {
+#pragma GCC unroll 16
+      for (int l = 0; l < kLanes; ++l) rows[l] = Math::load_words(token_of(l) + element, 0);
+    } else {
+      for (int l = 0; l < kLanes; ++l) {
+        auto const* const token = token_of(l);
+        rows[l] = token != nullptr ? Math::load_words(token + element, 0, dim - element) : Vec{};
+      }
+    }
+    transpose(rows);
+    store(w, rows);
+  }
+}
+
+// Packs slices of a box as sliding dot operand. Returns whether an element is infinite or NaN.
+template <class Math>
+bool pack_sliding(GroupView<typename Math::Storage const> const& from, StreamBox const& box, Interval slices, int dim,
+                  SlidingOperand const& to) {
+  using Storage = typename Math::Storage;
+  IntVec nonfinite = {};
+  Prefetcher<Storage const> prefetcher{from, box.axis, slices, kLanes};
+  int const width = box.axis[2].size();
+  for (int z = slices.begin; z < slices.end; ++z) {
+    for (int y = box.axis[1].begin; y < box.axis[1].end; ++y) {
+      prefetcher.start_row(z, y);
+      for (int x = 0; x < width; x += kLanes) {
+        int const count = min(kLanes, width - x);
+        Storage const* const first = from.at(z, y, box.axis[2].begin + x);
+        for (int l = 0; l < count; ++l) prefetcher.at(first + l * from.step[2], box.axis[2].begin + x + l, dim);
+        // Where blocks overlap, a token is in two of them.
+        bool const is_twice = x >= kSlideBlock && x % kSlideBlock < kSlideReach && to.blocks > 1;
+        Word* out = to.at(box.row(z, y), x, 0);
+        Word* again = is_twice ? to.at(box.row(z, y), x - kSlideBlock, 0) + kSlideBlock : nullptr;
+        auto const token_of = [&](int l) { return l < count ? first + l * from.step[2] : nullptr; };
+        transpose_tokens<Math>(token_of, count == kLanes, dim, [&](int w, Vec const(&rows)[kLanes]) {
+          int const n = min(kLanes, to.words - w);
+          auto const store = [&](Word*& to_words) {
+            for (int i = 0; i < n; ++i, to_words += to.pitch) store_as(to_words, rows[i]);
+          };
+          for (Vec const& row : rows) nonfinite |= Math::is_nonfinite(row);
+          store(out);
+          if (is_twice) store(again);
+        });
+      }
+    }
+  }
+  return any(nonfinite);
+}
+
 // A tensor of the stream side, packed: as dot operand, and as sum operand.
 template <class Math>
 struct PackedTensor {
   Operand dot;
   Operand sum;
+  SlidingOperand slide;  // instead of `dot`
   int dim = 0;
 
   // Memory for a token; none for a tensor that is not there, of dim 0.
@@ -196,11 +256,24 @@ struct PackedTensor {
                                 : Operand(data + operand_words(dot.words) * tokens, dim_, tokens / Math::kPerWord)),
         dim(dim_) {}
 
+  // The same as dot operand only, whose tokens slide: `rows` rows of `width`.
+  static std::int64_t sliding_words(int dim, int rows, int width) {
+    SlidingOperand const slide(nullptr, ceil_div(dim, Math::kPerWord), width);
+    return slide.row_words() * rows + SlidingOperand::kSlack;
+  }
+  static PackedTensor sliding(Word* data, int dim, int width) {
+    PackedTensor packed;
+    packed.dim = dim;
+    packed.slide = SlidingOperand(data, ceil_div(dim, Math::kPerWord), width);
+    return packed;
+  }
+
   // Returns whether an element is infinite or NaN.
   bool pack(GroupView<typename Math::Storage const> const& from, StreamBox const& box, Interval slices, bool as_dot,
             bool as_sum) const {
     bool nonfinite = false;
     if (dim == 0) return nonfinite;
+    if (slide.data != nullptr) return pack_sliding<Math>(from, box, slices, dim, slide);
     if (as_dot || Math::kPerWord == 1) nonfinite = pack_dot<Math>(from, box, slices, dim, dot);
     if constexpr (Math::kPerWord > 1) {
       if (as_sum) nonfinite |= pack_sum<Math>(from, box, slices, dim, sum);

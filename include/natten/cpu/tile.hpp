@@ -68,8 +68,10 @@ struct LaneGroup {
   }
 };
 
+struct Chunk;
+
 struct Tile {
-  TileShape const& shape;
+  TileShape const* shape;
   Interval box[kMaxRank];               // its tokens; fewer than the shape at the end of an axis
   Interval stream[kMaxRank];            // union of their intervals
   Interval interval[kMaxRank][kLanes];  // by place in the box; empty behind its end
@@ -81,23 +83,36 @@ struct Tile {
 
   Tile(TileShape const& shape_, int const (&corner)[kMaxRank], Interval const (&block)[kMaxRank],
        AxisIntervals const (&intervals)[kMaxRank])
-      : shape(shape_) {
+      : shape(&shape_) {
     for (int a = 0; a < kMaxRank; ++a) {
-      box[a] = {corner[a], min(corner[a] + shape.size[a], block[a].end)};
+      box[a] = {corner[a], min(corner[a] + shape->size[a], block[a].end)};
       int const n = box[a].size();
       stream[a] = {intervals[a][box[a].begin].begin, intervals[a][box[a].end - 1].end};
-      position[a] = shape.places[a] + corner[a];
-      lanes &= shape.below[a][n];
+      position[a] = shape->places[a] + corner[a];
+      lanes &= shape->below[a][n];
       begin[a] = UintVec{};
       size[a] = UintVec{};
-      for (int i = 0; i < shape.size[a]; ++i) {
+      for (int i = 0; i < shape->size[a]; ++i) {
         interval[a][i] = i < n ? intervals[a][corner[a] + i] : Interval{};
-        IntVec const here = shape.places[a] == i;
+        IntVec const here = shape->places[a] == i;
         begin[a] = here ? broadcast(std::uint32_t(interval[a][i].begin)) : begin[a];
         size[a] = here ? broadcast(std::uint32_t(interval[a][i].size())) : size[a];
       }
     }
     find_pairs();
+  }
+
+  // The tile next to it on an axis where it is one token long.
+  Tile next_on(int axis, AxisIntervals const& intervals) const {
+    Tile next = *this;
+    int const p = ++next.box[axis].begin;
+    ++next.box[axis].end;
+    next.position[axis] += 1;
+    next.stream[axis] = next.interval[axis][0] = intervals[p];
+    next.begin[axis] = broadcast(std::uint32_t(intervals[p].begin));
+    next.size[axis] = broadcast(std::uint32_t(intervals[p].size()));
+    for (LaneGroup& pair : next.pairs) pair.box[axis] = intervals[p];
+    return next;
   }
 
   // The same tokens against `n` tokens that all of them attend to.
@@ -107,7 +122,7 @@ struct Tile {
     for (int a = 0; a < kMaxRank; ++a) {
       all.stream[a] = everything[a];
       all.begin[a] = UintVec{};
-      for (int i = 0; i < shape.size[a]; ++i) all.interval[a][i] = i < box[a].size() ? everything[a] : Interval{};
+      for (int i = 0; i < shape->size[a]; ++i) all.interval[a][i] = i < box[a].size() ? everything[a] : Interval{};
       all.size[a] = size[a] != 0u ? broadcast(std::uint32_t(everything[a].size())) : UintVec{};
     }
     all.find_pairs();
@@ -115,14 +130,15 @@ struct Tile {
   }
 
   NATTEN_INLINE bool has(int lane) const { return (lanes >> lane) & 1u; }
-  NATTEN_INLINE Interval lane_interval(int axis, int lane) const { return interval[axis][shape.place[axis][lane]]; }
+  NATTEN_INLINE bool is_full() const { return lanes == shape->below[2][kLanes]; }
+  NATTEN_INLINE Interval lane_interval(int axis, int lane) const { return interval[axis][shape->place[axis][lane]]; }
 
   // Lanes, from the first to the last, whose tokens may take part in stream row (z, y).
   NATTEN_INLINE Interval lanes_of_row(int z, int y) const {
     Interval const in_z = places_with(0, z), in_y = places_with(1, y);
     if (in_z.empty() || in_y.empty()) return {};
-    int const plane = shape.size[1] * shape.size[2];
-    return {in_z.begin * plane + in_y.begin * shape.size[2], (in_z.end - 1) * plane + in_y.end * shape.size[2]};
+    int const plane = shape->size[1] * shape->size[2];
+    return {in_z.begin * plane + in_y.begin * shape->size[2], (in_z.end - 1) * plane + in_y.end * shape->size[2]};
   }
 
   // Per lane, the number of tokens of stream row (z, y) that it takes part in: its whole last axis or nothing.
@@ -131,8 +147,11 @@ struct Tile {
         (broadcast(std::uint32_t(z)) - begin[0] < size[0]) & (broadcast(std::uint32_t(y)) - begin[1] < size[1]);
     return size[2] & bit_cast<UintVec>(in);
   }
-  // Which lanes take part in token x of a row: one unsigned comparison checks both ends.
-  NATTEN_INLINE IntVec keep(int x, UintVec row_size) const { return broadcast(std::uint32_t(x)) - begin[2] < row_size; }
+  // Of a row's token x, the place in each lane's interval; a lane takes part if it is below the row's size: one unsigned
+  // comparison checks both ends.
+  NATTEN_INLINE UintVec place(IntVec x) const { return bit_cast<UintVec>(x) - begin[2]; }
+  // Whether all lanes take part in all slots of a chunk's rows.
+  NATTEN_INLINE bool takes_all(Chunk const& chunk) const;
   // Whether one lane does.
   NATTEN_INLINE bool takes_part(int lane, int z, int y, int x) const {
     return lane_interval(0, lane).contains(z) && lane_interval(1, lane).contains(y) &&
@@ -155,24 +174,46 @@ struct Tile {
   // Places on an axis whose intervals contain a stream position: neighbours, as intervals are monotone.
   NATTEN_INLINE Interval places_with(int axis, int position) const {
     int begin = 0;
-    while (begin < shape.size[axis] && !interval[axis][begin].contains(position)) ++begin;
+    while (begin < shape->size[axis] && !interval[axis][begin].contains(position)) ++begin;
     int end = begin;
-    while (end < shape.size[axis] && interval[axis][end].contains(position)) ++end;
+    while (end < shape->size[axis] && interval[axis][end].contains(position)) ++end;
     return {begin, end};
   }
 };
 
-// Some rows of the stream side, of the same tokens [x, x + width) each.
+// Some rows of the stream side, of the same tokens [x, x + width) each, and how a tile's scores of them are laid out:
+// [row][slot][lane], where slot i of a lane is token x + begin + from[lane] + i. In a tile whose lanes share every token, those are
+// all 0, and slots the tokens of the row. Else zeros follow the slots of a row, and come before those of the first.
 struct Chunk {
   int x = 0;
   int width = 0;
+  int slots = 0;
+  int pitch = 0;  // vectors from row to row
+  int begin = 0;  // of the first lane's slots; the others' are `from` behind it
+  IntVec from = {};
   int rows = 0;
   int z[kMaxChunkTokens];
   int y[kMaxChunkTokens];
   int token[kMaxChunkTokens];  // packed index of the row's first token
 
   int tokens() const { return rows * width; }
+  NATTEN_INLINE IntVec first() const { return from + begin; }
+  // Tokens of the slots of some lanes, from x on.
+  NATTEN_INLINE Interval tokens_of(int first_lane, int last_lane) const {
+    return Interval{begin + from[first_lane], begin + from[last_lane] + slots}.clipped_to({0, width});
+  }
+  void append(StreamBox const& box, int z_, int y_) {
+    z[rows] = z_;
+    y[rows] = y_;
+    token[rows++] = box.token(z_, y_, x);
+  }
 };
+
+NATTEN_INLINE bool Tile::takes_all(Chunk const& chunk) const {
+  if (shape->size[0] * shape->size[1] > 1) return false;  // its rows differ
+  UintVec const first = place(chunk.first() + chunk.x);
+  return !any((first >= size[2]) | (first + (chunk.slots - 1) >= size[2]));
+}
 
 // Calls visit(chunk) until the tile's part of a packed box is covered.
 template <class Visit>
@@ -191,15 +232,13 @@ void for_each_chunk(Tile const& tile, StreamBox const& box, int max_tokens, int 
   Chunk chunk;
   for (int x = x_begin; x < x_end; x += width) {
     chunk.x = x;
-    chunk.width = min(width, x_end - x);
+    chunk.width = chunk.slots = chunk.pitch = min(width, x_end - x);
     chunk.rows = 0;
     int const max_rows = max(1, max_tokens / chunk.width);
     for (int z = part[0].begin; z < part[0].end; ++z) {
       for (int y = part[1].begin; y < part[1].end; ++y) {
-        chunk.z[chunk.rows] = z;
-        chunk.y[chunk.rows] = y;
-        chunk.token[chunk.rows] = box.token(z, y, x);
-        if (++chunk.rows == max_rows) {
+        chunk.append(box, z, y);
+        if (chunk.rows == max_rows) {
           visit(chunk);
           chunk.rows = 0;
         }
@@ -213,30 +252,16 @@ void for_each_chunk(Tile const& tile, StreamBox const& box, int max_tokens, int 
 // room for whole vectors of words. Fetches the lines of the next tile, `ahead` positions further on the last axis.
 template <class Math>
 void load_lanes(GroupView<typename Math::Storage const> const& from, Tile const& tile, int dim, int ahead, Vec* out) {
-  using Storage = typename Math::Storage;
-  Storage const zeros[2 * kLanes] = {};
-  Storage const* tokens[kLanes];
-  std::int64_t step[kLanes];  // 0 where there is no token: zeros are read again and again
+  typename Math::Storage const* tokens[kLanes];
   for (int l = 0; l < kLanes; ++l) {
-    bool const has = tile.has(l);
-    tokens[l] = has ? from.at(tile.position[0][l], tile.position[1][l], tile.position[2][l]) : zeros;
-    step[l] = has ? kLanes * Math::kPerWord : 0;
-    if (ahead > 0 && has) prefetch_token(tokens[l] + ahead * from.step[2], dim);
+    tokens[l] = tile.has(l) ? from.at(tile.position[0][l], tile.position[1][l], tile.position[2][l]) : nullptr;
+    if (ahead > 0 && tile.has(l)) prefetch_token(tokens[l] + ahead * from.step[2], dim);
   }
-  for (int w = 0; w * Math::kPerWord < dim; w += kLanes) {
-    int const left = dim - w * Math::kPerWord;
-    Vec rows[kLanes];
-    if (left >= kLanes * Math::kPerWord) {
+  transpose_tokens<Math>([&](int l) { return tokens[l]; }, tile.is_full(), dim,
+                         [&](int w, Vec const(&rows)[kLanes]) {
 #pragma GCC unroll 16
-      for (int l = 0; l < kLanes; ++l) rows[l] = Math::load_words(tokens[l], 0, kLanes * Math::kPerWord);
-    } else {
-      for (int l = 0; l < kLanes; ++l) rows[l] = Math::load_words(tokens[l], 0, left);
-    }
-    transpose(rows);
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) out[w + i] = rows[i];
-    for (int l = 0; l < kLanes; ++l) tokens[l] += step[l];
-  }
+                           for (int i = 0; i < kLanes; ++i) out[w + i] = rows[i];
+                         });
 }
 
 // The tile's own tokens as a sum operand, in the order of lanes. Returns whether an element is infinite or NaN.
@@ -270,18 +295,29 @@ void prefetch_lanes(GroupView<T> const& view, Tile const& tile, int dim, int ahe
   }
 }
 
+// Stores a row for each of the tile's tokens: row l of `from`, which are `from_stride` floats, times factor(l).
+template <class T, class Factor>
+void store_lanes(GroupView<T> const& to, Tile const& tile, int dim, float const* from, std::int64_t from_stride,
+                 Factor const& factor) {
+  auto const at = [&](int l) { return to.at(tile.position[0][l], tile.position[1][l], tile.position[2][l]); };
+  for (int l = 0; l < kLanes; ++l) {
+    if (l + kStoreAhead < kLanes && tile.has(l + kStoreAhead)) prefetch_token(at(l + kStoreAhead), dim);
+    if (tile.has(l)) store_row(at(l), from + l * from_stride, factor(l), dim);
+  }
+}
+
 // out[channel] += what one lane sums up, from the tokens only that it takes part in: 0 * inf must not reach lanes that do
 // not attend.
 template <class Math>
 void accumulate_exact(Chunk const& chunk, Interval const (&box)[kMaxRank], PackedTensor<Math> const& stream,
-                      Word const* weights, float* out) {
+                      Word const* weights, int weights_pitch, float* out) {
   constexpr int kTokens = Math::kPerWord;
   for (int r = 0; r < chunk.rows; ++r) {
     if (!box[0].contains(chunk.z[r]) || !box[1].contains(chunk.y[r])) continue;
     for (int x = 0; x < chunk.width; x += kTokens) {
       Interval const part = Interval{box[2].begin - chunk.x - x, box[2].end - chunk.x - x}.clipped_to({0, kTokens});
       if (part.empty()) continue;
-      Word const* const weight = weights + (r * chunk.width + x) / kTokens * kLanes;
+      Word const* const weight = weights + (r * weights_pitch + x / kTokens) * kLanes;
       for (int c = 0; c < stream.dim; c += kLanes) {
         Vec const v = load_as<Vec>(word_at(stream.sum, (chunk.token[r] + x) / kTokens, c));
         store_vec(out + c, Math::multiply_add(load_vec(out + c), Math::keep_tokens(v, part.begin, part.end), weight));
@@ -296,26 +332,30 @@ template <class Math>
 void accumulate_chunk(Tile const& tile, Chunk const& chunk, PackedTensor<Math> const& stream, bool nonfinite,
                       Vec* weights, float* out, std::int64_t out_stride) {
   constexpr int kTokens = Math::kPerWord;
-  Math::weights_to_words(weights, chunk.tokens());
+  int const pitch = Math::weights_to_words(weights, chunk.rows, chunk.slots, chunk.pitch, (chunk.first() & 1) != 0);
   Word const* const words = reinterpret_cast<Word const*>(weights);
+  int lane_word[kLanes];  // of each lane's weight for the first word of a row
+  for (int l = 0; l < kLanes; ++l) lane_word[l] = l - (chunk.begin + chunk.from[l]) / kTokens * kLanes;
   if (nonfinite) {
     for (int l = 0; l < kLanes; ++l) {
-      if (tile.has(l))
-        accumulate_exact<Math>(chunk, {tile.lane_interval(0, l), tile.lane_interval(1, l), tile.lane_interval(2, l)},
-                               stream, words + l, out + l * out_stride);
+      if (!tile.has(l)) continue;
+      Interval const seen = {chunk.x + chunk.tokens_of(l, l).begin, chunk.x + chunk.tokens_of(l, l).end};
+      accumulate_exact<Math>(
+          chunk, {tile.lane_interval(0, l), tile.lane_interval(1, l), tile.lane_interval(2, l).clipped_to(seen)},
+          stream, words + lane_word[l], pitch, out + l * out_stride);
     }
     return;
   }
 
   // The words of each row that a group of lanes takes part in.
-  auto const words_of = [&](LaneGroup const& group) {
+  auto const words_of = [&](LaneGroup const& group, int first, int lanes) {
     if (group.empty) return Interval{};
-    Interval const part =
-        Interval{group.box[2].begin - chunk.x, group.box[2].end - chunk.x}.clipped_to({0, chunk.width});
+    Interval const part = Interval{group.box[2].begin - chunk.x, group.box[2].end - chunk.x}.clipped_to(
+        chunk.tokens_of(first, first + lanes - 1));
     return part.empty() ? Interval{} : Interval{part.begin / kTokens, ceil_div(part.end, kTokens)};
   };
-  auto const size_of = [&](LaneGroup const& group) {
-    return group.box[0].size() * group.box[1].size() * words_of(group).size();
+  auto const size_of = [&](LaneGroup const& group, int first, int lanes) {
+    return group.box[0].size() * group.box[1].size() * words_of(group, first, lanes).size();
   };
   // The rows of a group: often those of the group before it, as lanes side by side see the same rows.
   WeightedRow rows[kMaxChunkTokens];
@@ -328,16 +368,16 @@ void accumulate_chunk(Tile const& tile, Chunk const& chunk, PackedTensor<Math> c
     num_rows = 0;
     for (int r = 0; r < chunk.rows; ++r) {  // no branch, which would be mispredicted at every change
       rows[num_rows] = {stream.sum.data + std::int64_t{chunk.token[r] / kTokens} * stream.sum.pitch,
-                        words + r * chunk.width / kTokens * kLanes};
+                        words + r * pitch * kLanes};
       num_rows += int(rows_z.contains(chunk.z[r])) & int(rows_y.contains(chunk.y[r]));
     }
   };
   auto const add = [&](LaneGroup const& group, int first, auto lanes_c) {
-    Interval const part = words_of(group);
+    Interval const part = words_of(group, first, decltype(lanes_c)::value);
     if (part.empty()) return;
     find_rows(group);
-    accumulate_channels<Math, decltype(lanes_c)::value, /*kMemberStep=*/1, /*kWordStep=*/kLanes>(
-        rows, num_rows, part, /*first_weight=*/first, stream.sum, stream.dim, out + first * out_stride, out_stride);
+    accumulate_channels<Math, decltype(lanes_c)::value>(rows, num_rows, part, WeightsOfLanes{lane_word + first},
+                                                        stream.sum, stream.dim, out + first * out_stride, out_stride);
   };
 
   // Two pairs do the work of a four in less arithmetic, but at 6 loads for 8 FMAs instead of 8 for 16.
@@ -346,7 +386,7 @@ void accumulate_chunk(Tile const& tile, Chunk const& chunk, PackedTensor<Math> c
     if constexpr (kMaxGroupLanes == 4) {
       LaneGroup const& second = tile.pairs[l / 2 + 1];
       LaneGroup const four = first.with(second);
-      if (100 * 2 * size_of(four) <= kPairPenalty * (size_of(first) + size_of(second))) {
+      if (100 * 2 * size_of(four, l, 4) <= kPairPenalty * (size_of(first, l, 2) + size_of(second, l + 2, 2))) {
         add(four, l, std::integral_constant<int, 4>{});
         continue;
       }
