@@ -76,15 +76,28 @@ bool agree(Problem const& p, std::string const& isa) {
 
 int main() {
   using natten::DType;
+  auto const planned = [](natten::Problem problem) {
+    check(problem);
+    choose_tiles(problem);
+    return problem;
+  };
   bool all = true;
   for (std::string const& isa : natten::cpu_isas()) {
     int count = 0, passed = 0;
     for (int i = 0; i < 60; ++i) {
       for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
         ++count;
-        natten::Problem problem = natten::random_problem(dtype);
-        check(problem);
-        choose_tiles(problem);
+        passed += natten::agree(planned(natten::random_problem(dtype)), isa);
+      }
+    }
+    // Longer windows and lines, whose tiles of 16 queries slide.
+    for (int i = 0; i < 15; ++i) {
+      for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+        natten::Problem problem;
+        do {
+          problem = planned(natten::random_problem(dtype, 20, {200, 16, 3}, {40, 10, 4}));
+        } while (!problem.tiles.queries_slide);
+        ++count;
         passed += natten::agree(problem, isa);
       }
     }

@@ -117,7 +117,8 @@ inline int random_head_dim(int most) {
 }
 
 // `room`: how many tokens an axis may have beyond the smallest that its window fits into, by the rank.
-inline Problem random_problem(DType dtype, int max_head_dim = 40, int const (&room)[kMaxRank] = {60, 6, 6}) {
+inline Problem random_problem(DType dtype, int max_head_dim = 40, int const (&room)[kMaxRank] = {60, 6, 6},
+                              int const (&max_kernel_size)[kMaxRank] = {6, 6, 6}) {
   Problem p;
   p.dtype = dtype;
   p.rank = random_int(1, 3);
@@ -125,7 +126,7 @@ inline Problem random_problem(DType dtype, int max_head_dim = 40, int const (&ro
     Axis& a = p.axes[i];
     a.boundary = static_cast<Boundary>(random_int(0, 2));
     a.dilation = random_int(1, 3);
-    a.kernel_size = random_int(1, 6);
+    a.kernel_size = random_int(1, max_kernel_size[p.rank - 1]);
     a.stride = random_int(1, a.kernel_size);
     a.extent = a.kernel_size * a.dilation + random_int(0, room[p.rank - 1]);
     a.is_causal = random_int(0, 3) == 0;

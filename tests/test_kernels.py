@@ -166,12 +166,16 @@ def test_huge_logits(policy):
     oracle.assert_close(lse, expected_lse, rounding * largest, "lse")
 
 
+@pytest.mark.parametrize(
+    ("grid", "kernel_size"), [((300,), 151), ((30, 10), (15, 7)), ((30, 40), (15, 9))]
+)
 @pytest.mark.parametrize("slope", [2.0, -2.0, 0.5, 0.25])
-def test_logits_that_rise_along_an_axis(slope, policy):
+def test_logits_that_rise_along_an_axis(slope, grid, kernel_size, policy):
     """Weights are relative to some logit seen before, which those seen later may leave far behind."""
-    query, key, value = torch.randn(3, 2, 300, 2, 16).to(policy.dtype).unbind()
+    query, key, value = torch.randn(3, 2, *grid, 2, 16).to(policy.dtype).unbind()
     query[..., 0] = 1
-    key[..., 0] = slope * (torch.arange(300) - 150).to(policy.dtype).view(300, 1)
+    rise = slope * (300 / grid[0]) * (torch.arange(grid[0]) - grid[0] // 2)
+    key[..., 0] = rise.to(policy.dtype).view(-1, *(1,) * len(grid))
     # Some queries are far from the first logits in the other direction, or have all logits below them.
     query[:, ::7] *= -1
     # Values that a large weight would make overflow, where the type has them.
@@ -179,7 +183,8 @@ def test_logits_that_rise_along_an_axis(slope, policy):
     value *= size
 
     def attend(backend, *tensors):
-        return natten.na1d(*tensors, 151, scale=1.0, return_lse=True, backend=backend)
+        attention = natten.na1d if len(grid) == 1 else natten.na2d
+        return attention(*tensors, kernel_size, scale=1.0, return_lse=True, backend=backend)
 
     expected = attend("reference", query.double(), key.double(), value.double())
     rounding = max(torch.finfo(policy.precision).eps, 1e-6)
@@ -217,11 +222,12 @@ POISONS = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.parametrize("width", [10, 40])
 @POISONS
-def test_poison_stays_where_it_belongs(poison, which, place, policy):
+def test_poison_stays_where_it_belongs(poison, which, place, width, policy):
     if policy.multiplies_tiles:
         pytest.skip("its products take whole tiles, in which 0 times NaN is NaN")
-    check_poison(policy.backend, policy.dtype, poison, which, place)
+    check_poison(policy.backend, policy.dtype, poison, which, place, width)
 
 
 @POISONS
@@ -229,25 +235,25 @@ def test_poison_stays_where_it_belongs_in_the_reference(poison, which, place):
     check_poison("reference", torch.float64, poison, which, place)
 
 
-def check_poison(backend, dtype, poison, which, place):
+def check_poison(backend, dtype, poison, which, place, width=10):
     """A NaN or inf reaches only what attends to it, forward and backward."""
     problem = Problem(
-        grid=(9, 10),
+        grid=(9, width),
         kernel_size=(3, 4),
         stride=(1, 2),
         dilation=(2, 1),
         is_causal=(False, False),
         boundary=("shift", "mask"),
         offset=(0, 0),
-        query_box=((0, 9), (0, 10)),
-        key_box=((0, 9), (0, 10)),
+        query_box=((0, 9), (0, width)),
+        key_box=((0, 9), (0, width)),
         heads=1,
         heads_kv=1,
     )
-    flat = place[0] * 10 + place[1]
+    flat = place[0] * width + place[1]
     attends, _, _ = oracle.mask(problem)
     tensors = dict(zip(("query", "key", "value"), problem.operands(dtype), strict=False))
-    cotangent = torch.randn(1, 9, 10, 1, 16).to(dtype)
+    cotangent = torch.randn(1, 9, width, 1, 16).to(dtype)
 
     def run():
         inputs = [t.detach().requires_grad_() for t in tensors.values()]
@@ -260,7 +266,7 @@ def check_poison(backend, dtype, poison, which, place):
     poisoned[0, place[0], place[1], 0, 3] = poison
     dirty = run()
     # Queries that see the poison; then the keys that see such a query.
-    queries = torch.zeros(90, dtype=torch.bool)
+    queries = torch.zeros(9 * width, dtype=torch.bool)
     if which in ("query", "d_output"):
         queries[flat] = True
     else:

@@ -28,6 +28,11 @@ CASES = {
     "additional": {"grid": (20, 20), "kernel_size": 7, "additional": 40},
     "additional-pieces": {"grid": (12, 13), "kernel_size": 5, "additional": 900},
     "gqa": {"grid": (24, 24), "kernel_size": 7, "heads": 4, "heads_kv": 1},
+    # Queries in lines: of several panels, rows longer than a block of packed words, and windows longer than a chunk.
+    "lines-2d": {"grid": (13, 90), "kernel_size": (5, 31), "stride": (1, 3), "heads": 2},
+    "lines-long": {"grid": (2, 390), "kernel_size": (2, 17), "is_causal": (False, True)},
+    "lines-1d": {"grid": (700,), "kernel_size": 301, "additional": 3},
+    "lines-1d-dilated": {"grid": (1300,), "kernel_size": 155, "dilation": 3, "boundary": "mask"},
 }
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tiles of the CUDA kernels: their boxes on both sides, and the choice of their shapes, by brute force."""
+"""Tiles: their boxes on both sides, and the choice of their shapes, by brute force."""
 
 from __future__ import annotations
 
@@ -137,3 +137,38 @@ def test_shapes_cost_least(rank: int, sizes: tuple[int, int], of_keys: bool) -> 
         assert own == given
         beside = factorisations(sizes[1], rank)
         assert cost(own, streamed) == min(cost(given, shape) for shape in beside), f"{axes}"
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_queries_slide_where_it_costs_no_more(rank: int) -> None:
+    """Slots of rows of 16 queries against the keys of the best box of 16, and whether a vector holds their first keys."""
+    random.seed(rank)
+    outcomes = set()
+    for _ in range(60):
+        axes = random_axes(rank)
+        others, last = axes[:-1], axes[-1]
+        groups = [range(g, last.extent, last.dilation) for g in range(last.dilation)]
+        lines = [
+            [
+                [definition(last, token)[0] for token in group[i : i + 16]]
+                for i in range(0, len(group), 16)
+            ]
+            for group in groups
+        ]
+        possible = all(
+            max(keys[0] for keys in line) - line[0][0] < 16
+            and (max(map(len, line)) <= 64 or all(axis.kernel_size == 1 for axis in others))
+            for group in lines
+            for line in group
+        )
+        slots = sum(max(map(len, line)) for line in lines[0])
+        sliding = slots * math.prod(visited(axis, False, 1, 1) for axis in others)
+        boxes = min(
+            math.prod(visited(axis, False, size, 1) for axis, size in zip(axes, shape, strict=True))
+            for shape in factorisations(16, rank)
+        )
+        ints = [number for axis in axes for number in axis.ints()]
+        problem = _C.Problem("float32", ints, 1, 1, 1, 32, 32, 0, False, 1.0)
+        assert problem.queries_slide == (possible and sliding <= boxes), f"{axes}"
+        outcomes.add(problem.queries_slide)
+    assert outcomes == {True, False} or rank == 1
