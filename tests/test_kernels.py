@@ -287,6 +287,20 @@ def check_poison(backend, dtype, poison, which, place, width=10):
         assert not dirty[0][queries][..., 3].isfinite().any()
 
 
+def test_poison_stays_where_it_belongs_on_a_long_line(policy):
+    """Windows that kernels take in several parts."""
+    if policy.multiplies_tiles:
+        pytest.skip("its products take whole tiles, in which 0 times NaN is NaN")
+    query, key, value = torch.randn(3, 1, 600, 1, 16).to(policy.dtype).unbind()
+    clean = natten.na1d(query, key, value, 301, backend=policy.backend)
+    value[0, 20] = float("inf")
+    dirty = natten.na1d(query, key, value, 301, backend=policy.backend)
+    seeing = slice(0, 20 + 150 + 1)
+    assert not dirty[:, seeing].isfinite().any()
+    rounding = 16 * torch.finfo(policy.precision).eps * clean.abs().max().item()
+    oracle.assert_close(dirty[:, 171:], clean[:, 171:].double(), rounding, "output")
+
+
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_a_wrong_kernel_is_noticed(which, monkeypatch):
     """Tests the tests: keys read one token away, query and key exchanged, one number of the output changed."""
