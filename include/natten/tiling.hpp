@@ -90,6 +90,11 @@ NATTEN_INLINE void choose_tile(Problem const& problem, Side side, int tokens, in
   }
 }
 
+// Whether windows are runs of one line of tokens, on the last axis.
+NATTEN_INLINE bool has_lines(Problem const& problem) {
+  return problem.axes[0].kernel_size == 1 && problem.axes[1].kernel_size == 1;
+}
+
 // Tiles of `lanes` queries in a row on the last axis whose keys slide: slot i of a lane is key begin + i of its own window, so
 // that neither other axes nor the lanes' differing windows waste products.
 struct SlidingCost {
@@ -101,7 +106,6 @@ struct SlidingCost {
 NATTEN_INLINE SlidingCost sliding_cost(Problem const& problem, int lanes) {
   SlidingCost cost;
   Axis const& line = problem.axes[2];
-  bool const is_line = problem.axes[0].kernel_size == 1 && problem.axes[1].kernel_size == 1;
   std::int64_t slots_of_first_group = 0;
   for (int g = 0; g < line.groups(); ++g) {
     Group const group = line.group(g);
@@ -115,7 +119,7 @@ NATTEN_INLINE SlidingCost sliding_cost(Problem const& problem, int lanes) {
         // A lane's key is picked from a vector of those side by side.
         cost.possible = cost.possible && window.begin - first < lanes;
       }
-      cost.possible = cost.possible && (is_line || slots <= SlidingCost::kMaxSlots);
+      cost.possible = cost.possible && (has_lines(problem) || slots <= SlidingCost::kMaxSlots);
       if (g == 0) slots_of_first_group += slots;
     }
   }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Fused neighborhood attention, backward: one pass over key tiles where a thread can own a head's query gradient, else a
-// pass over query tiles and one over key tiles.
+// Fused neighborhood attention, backward: one pass where a thread can own a head and sum the gradients of both sides, over query
+// tiles if they slide, else over key tiles; otherwise a pass over each.
 #pragma once
 
 #include "natten/cpu/grad_key_value.hpp"
@@ -15,6 +15,7 @@ void fna_backward(BackwardArguments const& original) {
                       arguments.lse, arguments.d_output, arguments.d_lse, arguments.d_query, arguments.d_key,
                       arguments.d_value);
 
+  if (grad_query_with_keys<Math>(arguments)) return;
   GradKeyValue<Math> const whole_heads(arguments, KeySource::kWindow, /*num_threads=*/1);
   if (whole_heads.can_run_with_query()) {
     whole_heads.run_with_query();

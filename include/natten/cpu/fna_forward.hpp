@@ -34,9 +34,12 @@ class Forward {
 
   void load(TileContext const& c) const {
     auto const query = query_view<Storage const>(problem_, arguments.query, c.item.groups, c.item.batch, c.head);
-    load_lanes<Math>(query, c.tile, problem_.head_dim, c.ahead, lanes_ + c.index * lanes_step());
+    load_lanes<Math>(query, c.tile, problem_.head_dim, lanes_ + c.index * lanes_step());
+    if (c.index > 0) return;
+    c.fetch.add(query, c.next, problem_.head_dim);
     auto const output = query_view<Storage>(problem_, arguments.output, c.item.groups, c.item.batch, c.head);
-    prefetch_lanes(output, c.tile, problem_.head_dim_value, 0);
+    Interval const own[kMaxRank] = {c.panel.box(0), c.panel.box(1), c.panel.box(2)};
+    c.fetch.add(output, own, problem_.head_dim_value);
   }
 
   void attend(TileContext const& c, KeyStream<Math> const& stream, Tile const& tile, Bias const& bias,
@@ -45,23 +48,24 @@ class Forward {
     for_each_chunk(tile, stream.box, max_tokens(stream), Math::kPerWord, [&](Chunk const& chunk) {
       auto const score = [&] { dot_rows<Math>(lanes, stream.key.dot, chunk.token, chunk.rows, chunk.width, scores_); };
       score();
-      add_chunk(chunk, stream, tile, bias, scores_, score, state);
+      add_chunk(chunk, stream, tile, bias, scores_, score, state, c.fetch);
     });
   }
 
   void attend_panel(TileContext const& c, KeyStream<Math> const& stream, Bias const* biases, float* states) const {
     Panel const& panel = c.panel;
     for_each_panel_chunk(
-        panel, c.is_line, stream.box, max_tokens(stream), Math::kPerWord, [&](PanelChunk const& chunk) {
+        panel, c.is_line, stream.box, max_tokens(stream, kPanelChunkBytes), Math::kPerWord,
+        [&](PanelChunk const& chunk) {
           auto const score = [&](Interval tiles) {
-            slide_rows<Math>(chunk, tiles, stream.box, stream.key.slide, lanes_, lanes_step(), scores_);
+            slide_rows<Math>(chunk, tiles, stream.box, stream.key.slide, lanes_, lanes_step(), scores_, c.fetch);
           };
           score({0, panel.count()});
           for (int t = 0; t < panel.count(); ++t) {
             if (chunk.of_tile[t].rows == 0) continue;
             add_chunk(
                 chunk.of_tile[t], stream, panel[t], biases[t], scores_ + t * kScoreVectors + kMaxPadding,
-                [&] { score({t, t + 1}); }, states + t * state_floats());
+                [&] { score({t, t + 1}); }, states + t * state_floats(), c.fetch);
           }
         });
   }
@@ -82,12 +86,14 @@ class Forward {
 
  private:
   std::int64_t lanes_step() const { return round_up(problem_.head_dim, kLanes); }
-  int max_tokens(KeyStream<Math> const& stream) const { return chunk_tokens(sizeof(Vec) + 4 * stream.value.sum.words); }
+  static int max_tokens(KeyStream<Math> const& stream, int chunk_bytes = kChunkBytes) {
+    return chunk_tokens(sizeof(Vec) + 4 * stream.value.sum.words, chunk_bytes);
+  }
 
   // Adds a chunk, of which the scores are made, to the state of a tile; `score` makes them again.
   template <class Score>
   void add_chunk(Chunk const& chunk, KeyStream<Math> const& stream, Tile const& tile, Bias const& bias, Vec* scores,
-                 Score const& score, float* state) const {
+                 Score const& score, float* state, FetchAhead& fetch) const {
     float const scale = static_cast<float>(problem_.scale) * kLog2e;
     Vec const before = load_vec(state);
     IntVec const is_first = before == -kInfinity;
@@ -107,7 +113,7 @@ class Forward {
     }
     move_base(state, before, is_first & (weights.highest == -kInfinity) ? before : base);
     store_vec(state + kLanes, load_vec(state + kLanes) + weights.sum);
-    accumulate_chunk<Math>(tile, chunk, stream.value, stream.nonfinite, scores, state + 2 * kLanes, row_);
+    accumulate_chunk<Math>(tile, chunk, stream.value, stream.nonfinite, scores, state + 2 * kLanes, row_, fetch);
   }
 
   // What the weights of a chunk are relative to need not be the maximum of the logits: anything near it keeps the sums away

@@ -32,10 +32,11 @@ class Av {
   void load(TileContext const& c) {
     rows_.point_to(arguments.problem, weights_tensor_, c);
     auto const output = query_view<Storage>(arguments.problem, arguments.query, c.item.groups, c.item.batch, c.head);
-    prefetch_lanes(output, c.tile, arguments.problem.head_dim, 0);
+    Interval const own[kMaxRank] = {c.panel.box(0), c.panel.box(1), c.panel.box(2)};
+    c.fetch.add(output, own, arguments.problem.head_dim);
   }
 
-  void attend(TileContext const&, KeyStream<Math> const& stream, Tile const& tile, Bias const&, float* state) const {
+  void attend(TileContext const& c, KeyStream<Math> const& stream, Tile const& tile, Bias const&, float* state) const {
     int const max_tokens = chunk_tokens(2 * sizeof(Vec) + 4 * stream.key.sum.words / Math::kPerWord);
     for_each_chunk(tile, stream.box, max_tokens, Math::kPerWord, [&](Chunk const& chunk) {
       int const tokens = chunk.tokens();
@@ -45,7 +46,7 @@ class Av {
         load_run(by_lane_ + lane * kLanePitch + r * chunk.width, rows_[lane] + slot - part.begin, part, chunk.width);
       });
       lanes_to_tokens(by_lane_, tokens, weights_);
-      accumulate_chunk<Math>(tile, chunk, stream.key, stream.nonfinite, weights_, state, row_);
+      accumulate_chunk<Math>(tile, chunk, stream.key, stream.nonfinite, weights_, state, row_, c.fetch);
     });
   }
 

@@ -158,7 +158,8 @@ class AvTransposed {
           }
         }
       }
-      accumulate_chunk<Math>(tile, chunk, stream.query, stream.nonfinite, memory.weights, state, row_);
+      FetchAhead nothing;
+      accumulate_chunk<Math>(tile, chunk, stream.query, stream.nonfinite, memory.weights, state, row_, nothing);
     });
   }
 

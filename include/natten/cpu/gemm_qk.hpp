@@ -32,7 +32,8 @@ class Qk {
   void load(TileContext const& c) {
     auto const query =
         query_view<Storage const>(arguments.problem, arguments.query, c.item.groups, c.item.batch, c.head);
-    load_lanes<Math>(query, c.tile, arguments.problem.head_dim, c.ahead, lanes_);
+    load_lanes<Math>(query, c.tile, arguments.problem.head_dim, lanes_);
+    c.fetch.add(query, c.next, arguments.problem.head_dim);
     rows_.point_to(arguments.problem, weights_, c);
   }
 

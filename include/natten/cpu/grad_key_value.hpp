@@ -13,24 +13,6 @@ namespace natten::cpu::NATTEN_CPU_ISA {
 // query of every dilation group attends to.
 enum class KeySource { kWindow, kAdditional };
 
-// dQ / scale of the queries of a dilation group. Where the group's keys are one item, only of those that a step has to do
-// with: slices along the first axis lie in a ring, as those of the stream do, a slice that comes into reach is zeroed, and
-// one that leaves it is done and stored.
-struct QuerySums {
-  float* data = nullptr;  // [slice][position on the other axes][row]
-  Interval box[kMaxRank];
-  int ring = 1;
-  int row = 0;
-
-  explicit operator bool() const { return data != nullptr; }
-  std::int64_t slice_floats() const { return std::int64_t{box[1].size()} * box[2].size() * row; }
-  std::int64_t floats() const { return ring * slice_floats(); }
-  float* at(int z, int y, int x) const {
-    std::int64_t const line = std::int64_t{(z - box[0].begin) % ring} * box[1].size() + (y - box[1].begin);
-    return data + (line * box[2].size() + (x - box[2].begin)) * row;
-  }
-};
-
 template <class Math>
 class GradKeyValue {
  public:
@@ -57,7 +39,7 @@ class GradKeyValue {
       Arena counter(nullptr);
       take_memory(counter, walk);
       Arena arena(thread_workspace(counter.used()));
-      run_item(item, walk, take_memory(arena, walk), QuerySums(), nullptr);
+      run_item(item, walk, take_memory(arena, walk), TokenSums(), nullptr);
     });
   }
 
@@ -71,23 +53,14 @@ class GradKeyValue {
 
   // Whether there is a unit for every thread, there is room for its sums, and they reach every query.
   bool can_run_with_query() const {
-    if (problem_.additional_keys > 0) return false;
-    for (Axis const& axis : problem_.axes) {
-      for (int g = 0; g < axis.groups(); ++g) {
-        Group const group = axis.group(g);
-        if (group.keys.empty() || !group.queries_of(group.keys).contains(group.queries)) return false;
-      }
-    }
+    if (problem_.additional_keys > 0 || !streams_all(problem_, Side::kKey)) return false;
     Schedule::Item const item = schedule_.item(tiles_, 0);
     std::int64_t const sums = problem_.group_size() * sums_of(item, Walk(schedule_, item, Math::kPerWord)).floats();
     std::int64_t const units = problem_.batch * problem_.heads_kv * schedule_.groups_per_head();
-    std::int64_t const threads = arguments_.num_threads;
-    return 4 * sums <= kQuerySumBytes && (units % threads == 0 || units >= kItemsPerThread * threads);
+    return 4 * sums <= kSumBytes && keeps_busy(arguments_.num_threads, units);
   }
 
  private:
-  static constexpr std::int64_t kQuerySumBytes = (5 << 20) / 2;
-
   // The additional keys as a problem of their own.
   static Problem line_of(Problem const& problem) {
     Problem line = problem;
@@ -143,8 +116,8 @@ class GradKeyValue {
 
   bool is_one_item() const { return schedule_.blocks_per_group() == 1; }
 
-  QuerySums sums_of(Schedule::Item const& item, Walk const& walk) const {
-    QuerySums sums;
+  TokenSums sums_of(Schedule::Item const& item, Walk const& walk) const {
+    TokenSums sums;
     sums.row = row_k_;
     for (int a = 0; a < kMaxRank; ++a) sums.box[a] = item.groups[a].queries;
     sums.ring = is_one_item() ? walk.ring() : max(1, sums.box[0].size());
@@ -159,7 +132,7 @@ class GradKeyValue {
         if (!item.empty) use(item, Walk(schedule_, item, Math::kPerWord));
       }
     };
-    QuerySums sums;
+    TokenSums sums;
     std::int64_t bytes = 0;
     for_each_item_of_unit([&](Schedule::Item const& item, Walk const& walk) {
       sums = sums_of(item, walk);
@@ -180,30 +153,19 @@ class GradKeyValue {
     if (!is_one_item()) store_sums(schedule_.item(tiles_, first), sums, sums.box[0]);
   }
 
-  void clear_sums(QuerySums sums, Interval slices) const {
-    for (int h = 0; h < problem_.group_size(); ++h, sums.data += sums.floats()) {
-      for (int z = slices.begin; z < slices.end; ++z) {
-        std::memset(sums.at(z, sums.box[1].begin, sums.box[2].begin), 0, sizeof(float) * sums.slice_floats());
-      }
-    }
+  void clear_sums(TokenSums sums, Interval slices) const {
+    for (int h = 0; h < problem_.group_size(); ++h, sums.data += sums.floats()) sums.clear(slices);
   }
 
-  void store_sums(Schedule::Item const& item, QuerySums sums, Interval slices) const {
+  void store_sums(Schedule::Item const& item, TokenSums sums, Interval slices) const {
     for (int h = 0; h < problem_.group_size(); ++h, sums.data += sums.floats()) {
       auto const d_query = query_view<Storage>(problem_, arguments_.d_query, item.groups, item.batch,
                                                item.head_kv * problem_.group_size() + h);
-      for (int z = slices.begin; z < slices.end; ++z) {
-        for (int y = sums.box[1].begin; y < sums.box[1].end; ++y) {
-          for (int x = sums.box[2].begin; x < sums.box[2].end; ++x) {
-            if (x + kStoreAhead < sums.box[2].end) prefetch_token(d_query.at(z, y, x + kStoreAhead), problem_.head_dim);
-            store_row(d_query.at(z, y, x), sums.at(z, y, x), static_cast<float>(problem_.scale), problem_.head_dim);
-          }
-        }
-      }
+      sums.store(d_query, slices, problem_.head_dim, static_cast<float>(problem_.scale));
     }
   }
 
-  void run_item(Schedule::Item const& item, Walk const& walk, Memory const& memory, QuerySums const& sums,
+  void run_item(Schedule::Item const& item, Walk const& walk, Memory const& memory, TokenSums const& sums,
                 float* d_bias) const {
     bool const one_piece = is_one_piece(walk);
     AxisIntervals intervals[kMaxRank];
@@ -213,10 +175,9 @@ class GradKeyValue {
 
     walk.for_each_step([&](Interval const(&block)[kMaxRank]) {
       if (sums && is_one_item()) {
-        Interval const next = walk.slices_of(block);
-        store_sums(item, sums, {in_reach.begin, next.begin});
-        clear_sums(sums, {in_reach.end, next.end});
-        in_reach = next;
+        move_reach(
+            in_reach, walk.slices_of(block), [&](Interval slices) { clear_sums(sums, slices); },
+            [&](Interval slices) { store_sums(item, sums, slices); });
       }
       auto const state_of = [&](int tile) { return memory.states + (one_piece ? 0 : tile) * state_floats(); };
       auto const clear = [&](float* state) { std::memset(state, 0, sizeof(float) * state_floats()); };
@@ -227,7 +188,7 @@ class GradKeyValue {
       bool is_finished = false;
       for (int h = 0; h < problem_.group_size(); ++h) {
         int const head = item.head_kv * problem_.group_size() + h;
-        QuerySums head_sums = sums;
+        TokenSums head_sums = sums;
         if (sums) head_sums.data += h * sums.floats();
         // Against one packed piece of queries.
         auto const visit = [&](Group const(&groups)[kMaxRank], StreamBox const& box, Interval slices) {
@@ -332,15 +293,19 @@ class GradKeyValue {
 
   bool load(Schedule::Item const& item, Tile const& tile, Interval const (&block)[kMaxRank], Memory const& memory,
             bool as_rows) const {
-    int const ahead = tile.box[2].end < block[2].end ? schedule_.tile.size[2] : 0;
     auto const key = tile_view<Storage const>(arguments_.key, arguments_.additional_keys, item);
     auto const value = tile_view<Storage const>(arguments_.value, arguments_.additional_values, item);
-    load_lanes<Math>(key, tile, problem_.head_dim, ahead, memory.key_lanes);
-    load_lanes<Math>(value, tile, problem_.head_dim_value, ahead, memory.value_lanes);
-    prefetch_lanes(tile_view<Storage>(arguments_.d_key, arguments_.d_additional_keys, item), tile, problem_.head_dim,
-                   0);
-    prefetch_lanes(tile_view<Storage>(arguments_.d_value, arguments_.d_additional_values, item), tile,
-                   problem_.head_dim_value, 0);
+    load_lanes<Math>(key, tile, problem_.head_dim, memory.key_lanes);
+    load_lanes<Math>(value, tile, problem_.head_dim_value, memory.value_lanes);
+    int const end = tile.box[2].end;
+    Interval const next[kMaxRank] = {tile.box[0], tile.box[1], {end, min(end + schedule_.tile.size[2], block[2].end)}};
+    FetchAhead fetch;
+    fetch.add(key, next, problem_.head_dim);
+    fetch.add(value, next, problem_.head_dim_value);
+    fetch.add(tile_view<Storage>(arguments_.d_key, arguments_.d_additional_keys, item), tile.box, problem_.head_dim);
+    fetch.add(tile_view<Storage>(arguments_.d_value, arguments_.d_additional_values, item), tile.box,
+              problem_.head_dim_value);
+    fetch.all();
     return as_rows && load_lane_rows<Math>(key, tile, problem_.head_dim, key_rows(memory));
   }
 
@@ -348,7 +313,7 @@ class GradKeyValue {
     return Operand(memory.key_rows, problem_.head_dim, kLanes / Math::kPerWord);
   }
 
-  void attend(Tile const& tile, QueryStream const& stream, Bias const& bias, float* d_bias, QuerySums const& sums,
+  void attend(Tile const& tile, QueryStream const& stream, Bias const& bias, float* d_bias, TokenSums const& sums,
               bool nonfinite_rows, Memory const& memory, float* state) const {
     float const scale = static_cast<float>(problem_.scale) * kLog2e;
     int const max_tokens = chunk_tokens(2 * sizeof(Vec) + 4 * (stream.query.sum.words + stream.d_output.sum.words));
@@ -374,14 +339,16 @@ class GradKeyValue {
         }
       }
       if (sums) add_to_queries(tile, chunk, sums, nonfinite_rows, memory);
-      accumulate_chunk<Math>(tile, chunk, stream.query, stream.nonfinite, d_weights, state, row_k_);
-      accumulate_chunk<Math>(tile, chunk, stream.d_output, stream.nonfinite, weights, state + kLanes * row_k_, row_v_);
+      FetchAhead nothing;
+      accumulate_chunk<Math>(tile, chunk, stream.query, stream.nonfinite, d_weights, state, row_k_, nothing);
+      accumulate_chunk<Math>(tile, chunk, stream.d_output, stream.nonfinite, weights, state + kLanes * row_k_, row_v_,
+                             nothing);
     });
   }
 
   // sums[query] += sum over the tile's keys of ds * key. Lanes of a row that takes no part are skipped; the others' weights
   // are 0 where they do not attend.
-  void add_to_queries(Tile const& tile, Chunk const& chunk, QuerySums const& sums, bool nonfinite,
+  void add_to_queries(Tile const& tile, Chunk const& chunk, TokenSums const& sums, bool nonfinite,
                       Memory const& memory) const {
     constexpr int kTokens = Math::kPerWord;
     Operand const rows = key_rows(memory);
@@ -415,13 +382,9 @@ class GradKeyValue {
 
   // The same for one query, without multiplying keys that it does not attend to: 0 * inf must not reach it.
   void add_exactly(Tile const& tile, int z, int y, int x, Word const* weights, Operand const& rows, float* out) const {
-    constexpr int kTokens = Math::kPerWord;
     for (int l = 0; l < kLanes; ++l) {
       if (!tile.has(l) || !tile.takes_part(l, z, y, x)) continue;
-      for (int c = 0; c < problem_.head_dim; c += kLanes) {
-        Vec const v = Math::keep_tokens(load_as<Vec>(word_at(rows, l / kTokens, c)), l % kTokens, l % kTokens + 1);
-        store_vec(out + c, Math::multiply_add(load_vec(out + c), v, weights + l / kTokens));
-      }
+      add_lane<Math>(rows, l, weights + l / Math::kPerWord, problem_.head_dim, out);
     }
   }
 

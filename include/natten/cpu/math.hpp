@@ -40,6 +40,13 @@ struct Float32Math {
   NATTEN_INLINE static Word const* weights_by_lane(Vec const* weights, int, Vec*) {
     return reinterpret_cast<Word const*>(weights);
   }
+  // The same for weights [row][slot][lane] of which lane l's slots begin `from[l]` tokens behind those of lane 0, with zeros
+  // around each row. Sets `pitch`, the vectors from row to row.
+  NATTEN_INLINE static Word const* slots_by_lane(Vec const* weights, int, int, int slot_pitch, IntVec, int, Vec*,
+                                                 int& pitch) {
+    pitch = slot_pitch;
+    return reinterpret_cast<Word const*>(weights);
+  }
   // Words of a sum operand with the tokens [begin, end) of the word only, the rest 0.
   NATTEN_INLINE static Vec keep_tokens(Vec words, int, int) { return words; }
 };
@@ -95,6 +102,29 @@ struct BFloat16Math {
   NATTEN_INLINE static Word const* weights_by_lane(Vec const* weights, int tokens, Vec* scratch) {
     for (int t = 0; t < tokens; ++t) store_as(&scratch[t], _mm512_cvtneps_pbh(weights[t]));
     return reinterpret_cast<Word const*>(scratch);
+  }
+  // Word j of slot s is the bfloat16 pair of lanes 2j and 2j + 1 for one token: slot s of the first, and of the second the slot
+  // as much before it as its slots begin later. Around each row there are zeros for groups of `group` tokens.
+  NATTEN_INLINE static Word const* slots_by_lane(Vec const* weights, int rows, int slots, int slot_pitch, IntVec from,
+                                                 int group, Vec* scratch, int& pitch) {
+    IntVec lag = {};
+    int longest = 0;
+    for (int l = 1; l < kLanes; l += 2) {
+      lag[l] = from[l] - from[l - 1];
+      longest = longest > lag[l] ? longest : lag[l];
+    }
+    pitch = slots + longest + (group - 1);
+    Vec* to = scratch;
+    for (int i = 1; i < group; ++i) *to++ = Vec{};
+    for (int r = 0; r < rows; ++r, weights += slot_pitch) {
+      for (int s = 0; s < slots + longest; ++s) {
+        Vec pairs = weights[s];
+        for (int d = 1; d <= longest; ++d) pairs = lag == d ? weights[s - d] : pairs;
+        store_as(to++, _mm512_cvtneps_pbh(pairs));
+      }
+      for (int i = 1; i < group; ++i) *to++ = Vec{};
+    }
+    return reinterpret_cast<Word const*>(scratch + (group - 1));
   }
   NATTEN_INLINE static Vec keep_tokens(Vec words, int begin, int end) {
     return bit_cast<Vec>(bit_cast<UintVec>(words) & ((begin == 0 ? 0xffffu : 0u) | (end == 2 ? 0xffff0000u : 0u)));

@@ -11,12 +11,6 @@ namespace natten::cpu::NATTEN_CPU_ISA {
 
 constexpr int round_up(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
 
-// use(std::integral_constant<int, I>()) for every I.
-template <class Use, int... I>
-NATTEN_INLINE void for_each_constant(std::integer_sequence<int, I...>, Use const& use) {
-  (use(std::integral_constant<int, I>()), ...);
-}
-
 // A packed operand: token t's words [64 p, 64 p + 64) are at data + p * plane_stride + t * pitch. The pitch is one of
 // two constants so that all tokens of a run are displacements from one address; planes keep it small for any head_dim.
 constexpr int kPlaneWords = 64;

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <new>
+#include <utility>
 
 #include "natten/cpu/tile.hpp"
 
@@ -21,6 +22,8 @@ class Panel {
  public:
   NATTEN_INLINE int count() const { return count_; }
   NATTEN_INLINE Tile const& operator[](int i) const { return reinterpret_cast<Tile const*>(memory_)[i]; }
+  // Its tokens on an axis.
+  Interval box(int axis) const { return {(*this)[0].box[axis].begin, (*this)[count_ - 1].box[axis].end}; }
   void add(Tile const& tile) { new (memory_ + sizeof(Tile) * count_++) Tile(tile); }
 
  private:
@@ -32,6 +35,12 @@ class Panel {
 constexpr int kMaxSlots = 8;
 constexpr int max_slots(int tiles) { return tiles == 4 ? 6 : kMaxSlots; }
 static_assert(kMaxSlots + kLanes <= kSlideReach && 2 * kLanes <= kSlideReach, "a run must stay in a block");
+
+// use(std::integral_constant<int, I>()) for every I.
+template <class Use, int... I>
+NATTEN_INLINE void for_each_constant(std::integer_sequence<int, I...>, Use const& use) {
+  (use(std::integral_constant<int, I>()), ...);
+}
 
 // How the intervals of a tile's lanes begin: one token further than the lane before, all at the same one, or otherwise.
 enum class Sliding { kStep, kStand, kMixed };
@@ -152,6 +161,9 @@ struct Slide {
   static constexpr int kMinPadding = 3;  // for pairs of slots in a word
 };
 
+// The tiles of a panel each see a part of a chunk's rows: more may be in it than of a tile alone.
+constexpr int kPanelChunkBytes = 72 << 10;
+
 // The scores of a tile for a chunk: room for its rows, behind zeros.
 constexpr int kMaxPadding = kLanes;
 constexpr int kScoreVectors = kMaxPadding + kMaxChunkTokens;
@@ -167,8 +179,9 @@ struct PanelChunk {
   Chunk of_tile[kPanelTiles];
   Row row[kMaxChunkTokens];
   int rows = 0;
+  bool is_line;  // else all tiles see the same tokens of a row
 
-  explicit PanelChunk(Panel const& panel, bool is_line) {
+  PanelChunk(Panel const& panel, bool is_line_) : is_line(is_line_) {
     for (int t = 0; t < panel.count(); ++t) slide[t] = t == 0 || is_line ? Slide(panel[t]) : slide[0];
   }
 
@@ -253,7 +266,7 @@ void for_each_panel_chunk(Panel const& panel, bool is_line, StreamBox const& box
 // out[tile * kScoreVectors + kMaxPadding], with the zeros that belong to them.
 template <class Math>
 void slide_rows(PanelChunk const& chunk, Interval tiles, StreamBox const& box, SlidingOperand const& operand,
-                Vec const* lanes, int lanes_step, Vec* out) {
+                Vec const* lanes, int lanes_step, Vec* out, FetchAhead& fetch) {
   Vec* scores[kPanelTiles];  // of the next row
   for (int t = tiles.begin; t < tiles.end; ++t) {
     scores[t] = out + t * kScoreVectors + kMaxPadding;
@@ -280,17 +293,18 @@ void slide_rows(PanelChunk const& chunk, Interval tiles, StreamBox const& box, S
         to[i] = scores[first + i] + (x - tokens_of(first + i).begin);
       }
       Slide const& slide = chunk.slide[first];
-      int const pieces = ceil_div(next - x, max_slots(n));
-      for (int i = 0, at = x; i < pieces; ++i) {
-        int const size = x + (i + 1) * (next - x) / pieces - at;
+      for (int at = x, size, left = ceil_div(next - x, max_slots(n)); at < next; at += size, --left) {
+        size = ceil_div(next - at, left);
+        fetch.some();
         SlideRuns<Math>::of(slide.sliding, n, size)(own, operand.words, operand.at(line, at, 0), operand.pitch,
                                                     slide.from, to);
         for (int t = 0; t < n; ++t) to[t] += size;
-        at += size;
       }
     };
-    for (int x = tokens_of(taking.begin).begin; x < tokens_of(taking.end - 1).end;) {
-      int next = tokens_of(taking.end - 1).end;
+    Interval const all = {tokens_of(taking.begin).begin, tokens_of(taking.end - 1).end};
+    if (!chunk.is_line) run_all(taking.begin, taking.end, all.begin, all.end);
+    for (int x = chunk.is_line ? all.begin : all.end; x < all.end;) {
+      int next = all.end;
       Interval seeing = {taking.end, taking.end};  // tiles that see x: neighbours, as tokens are monotone
       for (int t = taking.begin; t < taking.end; ++t) {
         Interval const tokens = tokens_of(t);

@@ -51,8 +51,9 @@ struct TileContext {
   int index;  // of the tile in its panel
   Tile const& tile;
   int head;
-  int ahead;  // positions to the same tile of the next panel on the last axis; 0 at its end
   bool is_line;  // whether the panel's tiles are neighbours on the last axis
+  Interval const (&next)[kMaxRank];  // tokens of the panel that follows; none behind the last
+  FetchAhead& fetch;  // for the pass, a panel at a time
 };
 
 // Which operands of the stream a pass multiplies with.
@@ -71,21 +72,36 @@ class QueryBlocks {
  public:
   using Storage = typename Math::Storage;
 
-  QueryBlocks(Problem const& problem, std::int64_t state_floats, bool may_slide, int num_threads)
+  QueryBlocks(Problem const& problem, std::int64_t state_floats, StreamNeeds const& needs, bool may_slide,
+              int num_threads)
       : problem_(problem),
         state_floats_(state_floats),
+        needs_(needs),
         token_words_(token_words(problem.head_dim) + token_words(problem.head_dim_value)),
         additional_capacity_(min(problem.additional_keys, static_cast<int>(kPackedBytes / 16 / token_words_))),
-        schedule_(problem, Side::kQuery, 4 * token_words_, 4 * state_floats / kLanes * problem.group_size(),
+        schedule_(problem, Side::kQuery,
+                  4 * (token_words_ + (may_slide && kCanSlide && problem.tiles.queries_slide ? second_operands() : 0)),
+                  4 * state_floats / kLanes * problem.group_size(),
                   /*allow_ring=*/additional_capacity_ == problem.additional_keys, may_slide, num_threads) {}
 
   std::int64_t items() const { return schedule_.items; }
+  bool slides() const { return schedule_.slides; }
+  bool has_lines() const { return schedule_.panel_axis == 2; }
+  std::int64_t blocks_per_group() const { return schedule_.blocks_per_group(); }
+  Schedule::Item item(std::int64_t index) const { return schedule_.item(problem_, index); }
+  // Room for a token each of those that an item's ring holds.
+  std::int64_t ring_tokens(std::int64_t index) const {
+    Schedule::Item const item = this->item(index);
+    if (item.empty) return 0;
+    Walk const walk(schedule_, item, Math::kPerWord);
+    return std::int64_t{walk.ring_rows()} * walk.row_tokens();
+  }
   // Items of one head of one batch entry are neighbours.
   std::int64_t items_per_head() const { return schedule_.blocks_per_group() * schedule_.groups_per_head(); }
 
   template <class Pass>
   void run_item(Pass& pass, std::int64_t index) const {
-    Schedule::Item const item = schedule_.item(problem_, index);
+    Schedule::Item const item = this->item(index);
     if (item.empty) return;
     Walk const walk(schedule_, item, Math::kPerWord);
     bool const one_piece = walk.is_ring() && additional_capacity_ == problem_.additional_keys;
@@ -103,6 +119,7 @@ class QueryBlocks {
 
     Interval const line[kMaxRank] = {{0, 1}, {0, 1}, {0, problem_.additional_keys}};
     bool ring_nonfinite = false;
+    FetchAhead fetch;
     KeyStream<Math> additional;  // stays packed if it is one piece
     if (one_piece && problem_.additional_keys > 0) {
       StreamBox const box(line, Math::kPerWord, /*padding=*/0, /*origin=*/0, /*ring=*/1);
@@ -115,11 +132,12 @@ class QueryBlocks {
       auto const for_each_head = [&](auto const& use) {
         for_each_panel(block, schedule_.panel, [&](int const(&corner)[kMaxRank], int index) {
           Panel const panel = schedule_.panel_at(corner, block, intervals);
-          int const ahead = corner[2] + schedule_.panel[2] < block[2].end ? schedule_.panel[2] : 0;
+          Interval next[kMaxRank];
+          schedule_.next_panel(corner, block, item.block, next);
           for (int h = 0; h < problem_.group_size(); ++h) {
             std::int64_t const state = one_piece ? 0 : std::int64_t{index} * problem_.group_size() + h;
-            use(TileContext{item, panel, 0, panel[0], item.head_kv * problem_.group_size() + h, ahead,
-                            schedule_.panel_axis == 2},
+            use(TileContext{item, panel, 0, panel[0], item.head_kv * problem_.group_size() + h, has_lines(), next,
+                            fetch},
                 memory.states + state * state_floats_);
           }
         });
@@ -127,12 +145,17 @@ class QueryBlocks {
       // The same for all tiles of its panel.
       auto const for_each_tile = [&](TileContext const& first, float* states, auto const& use) {
         for (int t = 0; t < first.panel.count(); ++t) {
-          use(TileContext{item, first.panel, t, first.panel[t], first.head, first.ahead, first.is_line},
+          use(TileContext{item, first.panel, t, first.panel[t], first.head, first.is_line, first.next, first.fetch},
               states + t * state_floats_);
         }
       };
       auto const bias_of = [&](Tile const& tile, int head) {
         return Bias(problem_, pass.arguments.rpb, head, tile, Side::kQuery);
+      };
+      auto const load = [&](TileContext const& c) {
+        if (c.index == 0) fetch.start();
+        pass.load(c);
+        if (!schedule_.slides) fetch.all();
       };
       auto const attend_window = [&](TileContext const& c, KeyStream<Math> const& stream, float* states) {
         if constexpr (Pass::kSlides && kCanSlide) {
@@ -159,9 +182,10 @@ class QueryBlocks {
         for_each_head([&](TileContext const& first, float* states) {
           for_each_tile(first, states, [&](TileContext const& c, float* state) {
             pass.clear(state);
-            pass.load(c);
+            load(c);
           });
           if (window.is_packed) attend_window(first, window, states);
+          fetch.all();
           for_each_tile(first, states, [&](TileContext const& c, float* state) {
             if (additional.is_packed) attend_additional(c, additional, state);
             pass.finish(c, state);
@@ -174,7 +198,7 @@ class QueryBlocks {
         KeyStream<Math> stream = packed(box, memory.packed, nullptr);
         stream.nonfinite = pack_window(pass, item, stream, slices);
         for_each_head([&](TileContext const& c, float* state) {
-          pass.load(c);
+          load(c);
           attend_window(c, stream, state);
         });
       });
@@ -182,7 +206,7 @@ class QueryBlocks {
         KeyStream<Math> stream = packed(box, memory.additional, nullptr);
         stream.nonfinite = pack_additional(pass, item, stream);
         for_each_head([&](TileContext const& c, float* state) {
-          pass.load(c);
+          load(c);
           attend_additional(c, stream, state);
         });
       });
@@ -201,9 +225,10 @@ class QueryBlocks {
   Memory take_memory(Arena& arena, Walk const& walk, std::int64_t states) const {
     Memory m;
     m.intervals = arena.take<Interval>(schedule_.positions());
-    m.packed = arena.take<Word>(schedule_.slides
-                                    ? sliding_key_words(walk) + token_words(problem_.head_dim_value) * walk.capacity()
-                                    : token_words_ * walk.capacity());
+    m.packed = arena.take<Word>(
+        schedule_.slides ? sliding_words(walk, problem_.head_dim, needs_.key_dot, needs_.key_sum) +
+                               sliding_words(walk, problem_.head_dim_value, needs_.value_dot, needs_.value_sum)
+                         : token_words_ * walk.capacity());
     m.additional = arena.take<Word>(token_words_ * round_up(additional_capacity_, Math::kPerWord));
     m.states = arena.take<float>(states * state_floats_);
     return m;
@@ -211,50 +236,65 @@ class QueryBlocks {
 
   static std::int64_t token_words(int dim) { return PackedTensor<Math>::token_words(dim); }
 
-  std::int64_t sliding_key_words(Walk const& walk) const {
-    return PackedTensor<Math>::sliding_words(problem_.head_dim, walk.ring_rows(), walk.row_tokens());
+  // Words of a token that sliding adds: a dot operand is no sum operand any more.
+  std::int64_t second_operands() const {
+    if (Math::kPerWord > 1) return 0;
+    return (needs_.key_dot && needs_.key_sum ? token_words(problem_.head_dim) : 0) +
+           (needs_.value_dot && needs_.value_sum ? token_words(problem_.head_dim_value) : 0);
+  }
+
+  // A tensor in the ring of a walk whose tokens slide past the lanes.
+  static std::int64_t sliding_words(Walk const& walk, int dim, bool as_dot, bool as_sum) {
+    if (!as_dot) return token_words(dim) * walk.capacity();
+    return PackedTensor<Math>::sliding_words(dim, walk.ring_rows(), walk.row_tokens(), as_sum ? walk.capacity() : 0);
+  }
+  static PackedTensor<Math> sliding(Walk const& walk, Word* memory, int dim, bool as_dot, bool as_sum) {
+    int const tokens = static_cast<int>(walk.capacity());
+    if (!as_dot) return PackedTensor<Math>(memory, dim, tokens);
+    return PackedTensor<Math>::sliding(memory, dim, walk.ring_rows(), walk.row_tokens(), as_sum ? tokens : 0);
   }
 
   // `slides`: the walk whose ring it is, if keys slide.
   KeyStream<Math> packed(StreamBox const& box, Word* memory, Walk const* slides) const {
+    int const dim = problem_.head_dim, dim_value = problem_.head_dim_value;
     KeyStream<Math> stream;
     stream.box = box;
-    std::int64_t key_words = token_words(problem_.head_dim) * box.tokens();
-    stream.key = PackedTensor<Math>(memory, problem_.head_dim, box.tokens());
     if (slides != nullptr) {
-      key_words = sliding_key_words(*slides);
-      stream.key = PackedTensor<Math>::sliding(memory, problem_.head_dim, slides->row_tokens());
+      stream.key = sliding(*slides, memory, dim, needs_.key_dot, needs_.key_sum);
+      memory += sliding_words(*slides, dim, needs_.key_dot, needs_.key_sum);
+      stream.value = sliding(*slides, memory, dim_value, needs_.value_dot, needs_.value_sum);
+    } else {
+      stream.key = PackedTensor<Math>(memory, dim, box.tokens());
+      stream.value = PackedTensor<Math>(memory + token_words(dim) * box.tokens(), dim_value, box.tokens());
     }
-    stream.value = PackedTensor<Math>(memory + key_words, problem_.head_dim_value, box.tokens());
     stream.is_packed = true;
     return stream;
   }
 
   template <class Pass>
   bool pack_window(Pass const& pass, Schedule::Item const& item, KeyStream<Math> const& stream, Interval slices) const {
-    return pack<Pass>(stream, slices,
-                      key_view<Storage const>(problem_, pass.arguments.key, item.groups, item.batch, item.head_kv),
-                      key_view<Storage const>(problem_, pass.arguments.value, item.groups, item.batch, item.head_kv));
+    return pack(stream, slices,
+                key_view<Storage const>(problem_, pass.arguments.key, item.groups, item.batch, item.head_kv),
+                key_view<Storage const>(problem_, pass.arguments.value, item.groups, item.batch, item.head_kv));
   }
 
   template <class Pass>
   bool pack_additional(Pass const& pass, Schedule::Item const& item, KeyStream<Math> const& stream) const {
-    return pack<Pass>(stream, stream.box.axis[0],
-                      additional_view<Storage const>(pass.arguments.additional_keys, item.batch, item.head_kv),
-                      additional_view<Storage const>(pass.arguments.additional_values, item.batch, item.head_kv));
+    return pack(stream, stream.box.axis[0],
+                additional_view<Storage const>(pass.arguments.additional_keys, item.batch, item.head_kv),
+                additional_view<Storage const>(pass.arguments.additional_values, item.batch, item.head_kv));
   }
 
-  template <class Pass>
-  static bool pack(KeyStream<Math> const& stream, Interval slices, GroupView<Storage const> const& key,
-                   GroupView<Storage const> const& value) {
-    constexpr StreamNeeds kNeeds = Pass::kNeeds;
-    bool const k = stream.key.pack(key, stream.box, slices, kNeeds.key_dot, kNeeds.key_sum);
-    bool const v = stream.value.pack(value, stream.box, slices, kNeeds.value_dot, kNeeds.value_sum);
+  bool pack(KeyStream<Math> const& stream, Interval slices, GroupView<Storage const> const& key,
+            GroupView<Storage const> const& value) const {
+    bool const k = stream.key.pack(key, stream.box, slices, needs_.key_dot, needs_.key_sum);
+    bool const v = stream.value.pack(value, stream.box, slices, needs_.value_dot, needs_.value_sum);
     return k || v;
   }
 
   Problem const& problem_;
   std::int64_t state_floats_;
+  StreamNeeds needs_;
   std::int64_t token_words_;
   int additional_capacity_;  // tokens packed at a time
   Schedule schedule_;
@@ -263,7 +303,8 @@ class QueryBlocks {
 // A pass over everything.
 template <class Math, class Pass>
 void run_query_blocks(Pass const& prototype, int num_threads) {
-  QueryBlocks<Math> const blocks(prototype.arguments.problem, prototype.state_floats(), Pass::kSlides, num_threads);
+  QueryBlocks<Math> const blocks(prototype.arguments.problem, prototype.state_floats(), Pass::kNeeds, Pass::kSlides,
+                                 num_threads);
   for_each_item(blocks.items(), num_threads, [&](std::int64_t i) {
     Pass pass = prototype;  // scratch memory is a thread's own
     blocks.run_item(pass, i);

@@ -37,8 +37,29 @@ constexpr std::int64_t kPackedBytes = 4 << 20;
 constexpr std::int64_t kStateBytes = 1 << 20;
 constexpr int kMaxWordPadding = 2;  // tokens that fill the words at the ends of a row
 constexpr int kItemsPerThread = 4;  // enough for threads to finish together, if their shares are not equal
+// Of sums per streamed token (token_sums.hpp): they, and what is packed, are most of a thread's memory.
+constexpr std::int64_t kSumBytes = (5 << 20) / 2;
 constexpr int kTileTableIndex = kLanes == 16 ? 2 : kLanes == 8 ? 1 : 0;
 static_assert(TileTable::kSmallest << kTileTableIndex == kLanes, "the table holds a tile for every vector width");
+
+// Equal shares for all threads, or enough items for shares to be nearly equal.
+inline bool keeps_busy(int num_threads, std::int64_t items) {
+  int const threads = max(1, num_threads);
+  return items % threads == 0 || items >= std::int64_t{kItemsPerThread} * threads;
+}
+
+// Whether every token of the stream side is of some tile's stream, and there is a tile.
+inline bool streams_all(Problem const& problem, Side side) {
+  Side const other = side == Side::kQuery ? Side::kKey : Side::kQuery;
+  for (Axis const& axis : problem.axes) {
+    for (int g = 0; g < axis.groups(); ++g) {
+      Group const group = axis.group(g);
+      Interval const own = tile_side(group, side);
+      if (own.empty() || !stream_of(group, side, own).contains(tile_side(group, other))) return false;
+    }
+  }
+  return true;
+}
 
 // The side whose tokens are lanes, cut into blocks.
 struct Schedule {
@@ -77,7 +98,7 @@ struct Schedule {
       tile = TileShape();
       // Where windows are longest, neighbours share most; on the last axis only those of windows longer than a tile.
       int const longer = problem.axes[1].kernel_size >= problem.axes[0].kernel_size ? 1 : 0;
-      panel_axis = problem.axes[longer].kernel_size > 1 ? longer : 2;
+      panel_axis = has_lines(problem) ? 2 : longer;
     } else {
       tile = TileShape(problem.tiles.shape[static_cast<int>(side)][kTileTableIndex]);
     }
@@ -112,10 +133,9 @@ struct Schedule {
       }
     };
     count_items();
-    // Equal shares for all threads, or enough items for shares to be nearly equal; every cut packs a window's length twice.
-    int const threads = max(1, num_threads);
-    while (items > 0 && items % threads != 0 && items < std::int64_t{kItemsPerThread} * threads &&
-           tokens(block) > kMinBlock && halve(block[0] > panel[0] ? 0 : largest())) {
+    // Every cut packs a window's length twice.
+    while (items > 0 && !keeps_busy(num_threads, items) && tokens(block) > kMinBlock &&
+           halve(block[0] > panel[0] ? 0 : largest())) {
       count_items();
     }
     step = has_ring ? panel[0] : block[0];
@@ -164,6 +184,20 @@ struct Schedule {
   int panels_per_step() const { return step / panel[0] * (block[1] / panel[1]) * (block[2] / panel[2]); }
   // Tiles whose states are kept side by side.
   int tiles_per_panel() const { return slides ? kPanelTiles : 1; }
+
+  // The tokens of the panel behind the one at `corner` of a step's block.
+  void next_panel(int const (&corner)[kMaxRank], Interval const (&step_block)[kMaxRank],
+                  Interval const (&item_block)[kMaxRank], Interval (&next)[kMaxRank]) const {
+    bool carry = true;
+    for (int a = kMaxRank - 1; a >= 0; --a) {
+      Interval const all = a == 0 ? item_block[0] : step_block[a];
+      int begin = corner[a] + (carry ? panel[a] : 0);
+      carry = carry && begin >= all.end;
+      if (carry) begin = all.begin;
+      next[a] = {begin, natten::min(begin + panel[a], all.end)};
+    }
+    if (carry) next[0] = {};
+  }
 
   Panel panel_at(int const (&corner)[kMaxRank], Interval const (&of_block)[kMaxRank],
                  AxisIntervals const (&intervals)[kMaxRank]) const {

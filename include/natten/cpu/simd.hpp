@@ -91,7 +91,11 @@ NATTEN_INLINE UintVec round_to_bfloat16(Vec v) {
 }
 
 NATTEN_INLINE void store_vec(BFloat16* p, Vec v) {
+#if defined(__AVX512BF16__)
+  store_as(p, _mm512_cvtneps_pbh(v));  // in one instruction, with subnormals to 0
+#else
   store_as(p, __builtin_convertvector(round_to_bfloat16(v), HalfVec));
+#endif
 }
 
 NATTEN_INLINE void store_vec(Float16* p, Vec v) {

@@ -256,15 +256,16 @@ struct PackedTensor {
                                 : Operand(data + operand_words(dot.words) * tokens, dim_, tokens / Math::kPerWord)),
         dim(dim_) {}
 
-  // The same as dot operand only, whose tokens slide: `rows` rows of `width`.
-  static std::int64_t sliding_words(int dim, int rows, int width) {
+  // The same with a dot operand whose tokens slide: `rows` rows of `width`. The sum operand, of `tokens`, may be left out.
+  static std::int64_t sliding_words(int dim, int rows, int width, std::int64_t tokens) {
     SlidingOperand const slide(nullptr, ceil_div(dim, Math::kPerWord), width);
-    return slide.row_words() * rows + SlidingOperand::kSlack;
+    return slide.row_words() * rows + SlidingOperand::kSlack + operand_words(dim) * (tokens / Math::kPerWord);
   }
-  static PackedTensor sliding(Word* data, int dim, int width) {
+  static PackedTensor sliding(Word* data, int dim, int rows, int width, int tokens) {
     PackedTensor packed;
     packed.dim = dim;
     packed.slide = SlidingOperand(data, ceil_div(dim, Math::kPerWord), width);
+    if (tokens > 0) packed.sum = Operand(data + sliding_words(dim, rows, width, 0), dim, tokens / Math::kPerWord);
     return packed;
   }
 
@@ -273,9 +274,12 @@ struct PackedTensor {
             bool as_sum) const {
     bool nonfinite = false;
     if (dim == 0) return nonfinite;
-    if (slide.data != nullptr) return pack_sliding<Math>(from, box, slices, dim, slide);
-    if (as_dot || Math::kPerWord == 1) nonfinite = pack_dot<Math>(from, box, slices, dim, dot);
-    if constexpr (Math::kPerWord > 1) {
+    bool const slides = slide.data != nullptr;
+    if (slides) nonfinite = pack_sliding<Math>(from, box, slices, dim, slide);
+    if constexpr (Math::kPerWord == 1) {
+      if (!slides || as_sum) nonfinite |= pack_dot<Math>(from, box, slices, dim, sum);
+    } else {
+      if (as_dot && !slides) nonfinite |= pack_dot<Math>(from, box, slices, dim, dot);
       if (as_sum) nonfinite |= pack_sum<Math>(from, box, slices, dim, sum);
     }
     return nonfinite;

@@ -3,7 +3,7 @@
 // dV, that attend to them). Kernels walk those boxes in chunks of rows.
 #pragma once
 
-#include "natten/cpu/stream.hpp"
+#include "natten/cpu/fetch.hpp"
 
 namespace natten::cpu::NATTEN_CPU_ISA {
 
@@ -14,8 +14,8 @@ constexpr int kMinChunkTokens = 32;
 constexpr int kMaxChunkTokens = 240;  // whole runs: a long row is cut at multiples of them
 static_assert(kMaxChunkTokens % (2 * kMaxRun) == 0, "rounding a width up to whole runs must not exceed the maximum");
 
-NATTEN_INLINE int chunk_tokens(std::int64_t bytes_per_token) {
-  return clamp(static_cast<int>(kChunkBytes / bytes_per_token), kMinChunkTokens, kMaxChunkTokens);
+NATTEN_INLINE int chunk_tokens(std::int64_t bytes_per_token, int chunk_bytes = kChunkBytes) {
+  return clamp(static_cast<int>(chunk_bytes / bytes_per_token), kMinChunkTokens, kMaxChunkTokens);
 }
 
 // Lanes that share one weighted sum: pairs waste least on the border of windows, fours load least.
@@ -249,13 +249,12 @@ void for_each_chunk(Tile const& tile, StreamBox const& box, int max_tokens, int 
 }
 
 // The tile's own tokens as lanes: out[word] holds that word of each lane's token; 0 in lanes without a token. `out` has
-// room for whole vectors of words. Fetches the lines of the next tile, `ahead` positions further on the last axis.
+// room for whole vectors of words.
 template <class Math>
-void load_lanes(GroupView<typename Math::Storage const> const& from, Tile const& tile, int dim, int ahead, Vec* out) {
+void load_lanes(GroupView<typename Math::Storage const> const& from, Tile const& tile, int dim, Vec* out) {
   typename Math::Storage const* tokens[kLanes];
   for (int l = 0; l < kLanes; ++l) {
     tokens[l] = tile.has(l) ? from.at(tile.position[0][l], tile.position[1][l], tile.position[2][l]) : nullptr;
-    if (ahead > 0 && tile.has(l)) prefetch_token(tokens[l] + ahead * from.step[2], dim);
   }
   transpose_tokens<Math>([&](int l) { return tokens[l]; }, tile.is_full(), dim,
                          [&](int w, Vec const(&rows)[kLanes]) {
@@ -285,13 +284,13 @@ bool load_lane_rows(GroupView<typename Math::Storage const> const& from, Tile co
   return any(nonfinite);
 }
 
-// Fetches the lines of the tile's tokens in another tensor: results that will be written, long before they are, as a store
-// that misses stalls; or, `ahead` positions further, what the next tile reads.
-template <class T>
-void prefetch_lanes(GroupView<T> const& view, Tile const& tile, int dim, int ahead) {
-  for (int l = 0; l < kLanes; ++l) {
-    if (tile.has(l))
-      prefetch_token(view.at(tile.position[0][l], tile.position[1][l], tile.position[2][l] + ahead), dim);
+// out[channel] += weight * the row of one lane, of rows as load_lane_rows makes them. `weight`: the word that the lane is in.
+template <class Math>
+NATTEN_INLINE void add_lane(Operand const& rows, int lane, Word const* weight, int dim, float* out) {
+  constexpr int kTokens = Math::kPerWord;
+  for (int c = 0; c < dim; c += kLanes) {
+    Vec const v = Math::keep_tokens(load_as<Vec>(word_at(rows, lane / kTokens, c)), lane % kTokens, lane % kTokens + 1);
+    store_vec(out + c, Math::multiply_add(load_vec(out + c), v, weight));
   }
 }
 
@@ -326,11 +325,12 @@ void accumulate_exact(Chunk const& chunk, Interval const (&box)[kMaxRank], Packe
   }
 }
 
+// `fetch` is given turns.
 // out[lane][channel] += sum over the chunk of weights[token][lane] * value[token][channel]; the weights of lanes that do
 // not take part in a token are 0. Destroys the weights. Rows of `out` are `out_stride` floats.
 template <class Math>
 void accumulate_chunk(Tile const& tile, Chunk const& chunk, PackedTensor<Math> const& stream, bool nonfinite,
-                      Vec* weights, float* out, std::int64_t out_stride) {
+                      Vec* weights, float* out, std::int64_t out_stride, FetchAhead& fetch) {
   constexpr int kTokens = Math::kPerWord;
   int const pitch = Math::weights_to_words(weights, chunk.rows, chunk.slots, chunk.pitch, (chunk.first() & 1) != 0);
   Word const* const words = reinterpret_cast<Word const*>(weights);
@@ -375,6 +375,7 @@ void accumulate_chunk(Tile const& tile, Chunk const& chunk, PackedTensor<Math> c
   auto const add = [&](LaneGroup const& group, int first, auto lanes_c) {
     Interval const part = words_of(group, first, decltype(lanes_c)::value);
     if (part.empty()) return;
+    fetch.some();
     find_rows(group);
     accumulate_channels<Math, decltype(lanes_c)::value>(rows, num_rows, part, WeightsOfLanes{lane_word + first},
                                                         stream.sum, stream.dim, out + first * out_stride, out_stride);

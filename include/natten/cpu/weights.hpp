@@ -77,7 +77,8 @@ class WeightRows {
  public:
   void point_to(Problem const& problem, TensorRef const& weights, TileContext const& c) {
     auto const view = query_view<Storage>(problem, weights, c.item.groups, c.item.batch, c.head);
-    next_ = c.ahead * view.step[2];
+    bool const is_on_row = c.next[0] == c.panel.box(0) && c.next[1] == c.panel.box(1);
+    next_ = is_on_row ? (c.next[2].begin - c.panel.box(2).begin) * view.step[2] : 0;
     for (int l = 0; l < kLanes; ++l) {
       int const some = c.tile.has(l) ? l : 0;  // lanes without a token read nothing, but do arithmetic on a pointer
       rows_[l] = view.at(c.tile.position[0][some], c.tile.position[1][some], c.tile.position[2][some]);
