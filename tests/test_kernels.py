@@ -301,6 +301,38 @@ def test_poison_stays_where_it_belongs_on_a_long_line(policy):
     oracle.assert_close(dirty[:, 171:], clean[:, 171:].double(), rounding, "output")
 
 
+@pytest.fixture
+def memory_is_poisoned():
+    """New tensors hold NaN: what is not written shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.usefixtures("memory_is_poisoned")
+@pytest.mark.parametrize("corner", [(0, 0), (8, 0), (0, 24), (13, 31)], ids=str)
+def test_keys_that_nobody_attends_to_have_no_gradient(corner, policy):
+    """Queries are a part of the grid, keys all of it: kernels that follow the queries do not come by some keys."""
+    grid, size = (24, 48), (11, 17)
+    query = torch.randn(1, *size, 2, 16).to(policy.dtype).requires_grad_()
+    key, value = (torch.randn(1, *grid, 2, 16).to(policy.dtype).requires_grad_() for _ in range(2))
+    arguments = {"kernel_size": 5, "grid": grid, "query_origin": corner}
+    output = natten.na2d(query, key, value, **arguments, backend=policy.backend)
+    d_output = torch.randn_like(output)
+    results = torch.autograd.grad(output, (query, key, value), d_output)
+    exact_inputs = [t.detach().double().requires_grad_() for t in (query, key, value)]
+    exact = natten.na2d(*exact_inputs, **arguments, backend="reference")
+    expected = torch.autograd.grad(exact, exact_inputs, d_output.double())
+    # Weights and gradients are of order 1, and a key has at most 25 queries.
+    rounding = 16 * torch.finfo(policy.precision).eps * 5
+    for name, result, wanted in zip(("query", "key", "value"), results, expected, strict=True):
+        oracle.assert_close(result, wanted, rounding, f"gradient of {name}")
+        assert (result[wanted == 0] == 0).all(), name
+    assert (expected[1] == 0).all(-1).any()
+
+
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_a_wrong_kernel_is_noticed(which, monkeypatch):
     """Tests the tests: keys read one token away, query and key exchanged, one number of the output changed."""
