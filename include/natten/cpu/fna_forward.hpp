@@ -38,8 +38,7 @@ class Forward {
     if (c.index > 0) return;
     c.fetch.add(query, c.next, problem_.head_dim);
     auto const output = query_view<Storage>(problem_, arguments.output, c.item.groups, c.item.batch, c.head);
-    Interval const own[kMaxRank] = {c.panel.box(0), c.panel.box(1), c.panel.box(2)};
-    c.fetch.add(output, own, problem_.head_dim_value);
+    c.fetch_own(output, problem_.head_dim_value);
   }
 
   void attend(TileContext const& c, KeyStream<Math> const& stream, Tile const& tile, Bias const& bias,

@@ -32,8 +32,7 @@ class Av {
   void load(TileContext const& c) {
     rows_.point_to(arguments.problem, weights_tensor_, c);
     auto const output = query_view<Storage>(arguments.problem, arguments.query, c.item.groups, c.item.batch, c.head);
-    Interval const own[kMaxRank] = {c.panel.box(0), c.panel.box(1), c.panel.box(2)};
-    c.fetch.add(output, own, arguments.problem.head_dim);
+    c.fetch_own(output, arguments.problem.head_dim);
   }
 
   void attend(TileContext const& c, KeyStream<Math> const& stream, Tile const& tile, Bias const&, float* state) const {

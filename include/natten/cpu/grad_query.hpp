@@ -92,9 +92,7 @@ class GradQuery {
       c.fetch.add(query, c.next, problem_.head_dim);
       c.fetch.add(d_output, c.next, problem_.head_dim_value);
       c.fetch.add(view(arguments.output), c.next, problem_.head_dim_value);
-      Interval const own[kMaxRank] = {c.panel.box(0), c.panel.box(1), c.panel.box(2)};
-      c.fetch.add(query_view<Storage>(problem_, arguments.d_query, groups, c.item.batch, c.head), own,
-                  problem_.head_dim);
+      c.fetch_own(query_view<Storage>(problem_, arguments.d_query, groups, c.item.batch, c.head), problem_.head_dim);
     }
     Vec& lse2 = lse2_[c.index];
     Vec& delta = delta_[c.index];

@@ -54,6 +54,13 @@ struct TileContext {
   bool is_line;  // whether the panel's tiles are neighbours on the last axis
   Interval const (&next)[kMaxRank];  // tokens of the panel that follows; none behind the last
   FetchAhead& fetch;  // for the pass, a panel at a time
+
+  // Lines of the panel's own tokens: of results, as a store that misses stalls.
+  template <class T>
+  void fetch_own(GroupView<T> const& view, int dim) const {
+    Interval const own[kMaxRank] = {panel.box(0), panel.box(1), panel.box(2)};
+    fetch.add(view, own, dim);
+  }
 };
 
 // Which operands of the stream a pass multiplies with.
@@ -155,7 +162,7 @@ class QueryBlocks {
       auto const load = [&](TileContext const& c) {
         if (c.index == 0) fetch.start();
         pass.load(c);
-        if (!schedule_.slides) fetch.all();
+        if (!schedule_.slides) fetch.all();  // products of a single tile are too few to spread them over
       };
       auto const attend_window = [&](TileContext const& c, KeyStream<Math> const& stream, float* states) {
         if constexpr (Pass::kSlides && kCanSlide) {

@@ -325,9 +325,9 @@ void accumulate_exact(Chunk const& chunk, Interval const (&box)[kMaxRank], Packe
   }
 }
 
-// `fetch` is given turns.
 // out[lane][channel] += sum over the chunk of weights[token][lane] * value[token][channel]; the weights of lanes that do
-// not take part in a token are 0. Destroys the weights. Rows of `out` are `out_stride` floats.
+// not take part in a token are 0. Destroys the weights. Rows of `out` are `out_stride` floats. `fetch` is given
+// turns.
 template <class Math>
 void accumulate_chunk(Tile const& tile, Chunk const& chunk, PackedTensor<Math> const& stream, bool nonfinite,
                       Vec* weights, float* out, std::int64_t out_stride, FetchAhead& fetch) {
