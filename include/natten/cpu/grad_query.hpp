@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Fused neighborhood attention, backward, gradient of the query and of the bias table: query tiles in lanes, like
-// forward, with the weights recomputed from LSE.
+// Fused neighborhood attention, backward, gradients of the query and of the bias table: query tiles in lanes, like forward, with
+// the weights recomputed from LSE. Where an item has all queries of a key head, it sums the gradients of keys and values, too.
 #pragma once
 
 #include "natten/cpu/query_blocks.hpp"
@@ -233,9 +233,9 @@ class GradQuery {
   int row_v_;
   float* d_bias_ = nullptr;
   std::int64_t key_tokens_ = 0;
-  Vec* query_lanes_ = nullptr;     // [tile][word][lane]
+  Vec* query_lanes_ = nullptr;  // [tile][word][lane]
   Vec* d_output_lanes_ = nullptr;  // [tile][word][lane]
-  Vec* weights_ = nullptr;         // [tile][row][slot][lane]
+  Vec* weights_ = nullptr;  // [tile][row][slot][lane]
   Vec* d_weights_ = nullptr;
   Vec lse2_[kPanelTiles] = {};
   Vec delta_[kPanelTiles] = {};
