@@ -273,16 +273,16 @@ void grad_query(BackwardArguments const& arguments) {
   run_grad_query(arguments, blocks, /*with_keys=*/false);
 }
 
-// All gradients in one pass, where keys slide past more than a line, a thread can own all queries of a head, there is one for every thread, and room
-// for the sums. Returns whether that is so.
+// All gradients in one pass, where keys slide past more than a line, a thread can own all queries of a head, there is a head for
+// every thread, and room for the sums. Returns whether that is so.
 template <class Math>
 bool grad_query_with_keys(BackwardArguments const& arguments) {
   using Pass = GradQuery<Math>;
   Problem const& problem = arguments.problem;
-  if (problem.additional_keys > 0 || !streams_all(problem, Side::kQuery)) return false;
+  if (problem.additional_keys > 0 || has_lines(problem) || !streams_all(problem, Side::kQuery)) return false;
   Pass const pass(arguments);
   QueryBlocks<Math> const blocks(problem, pass.state_floats(), Pass::kNeeds, Pass::kSlides, /*num_threads=*/1);
-  if (!blocks.slides() || blocks.has_lines() || blocks.blocks_per_group() > 1) return false;
+  if (!blocks.slides() || blocks.blocks_per_group() > 1) return false;
   if (4 * blocks.ring_tokens(0) * pass.key_floats() > kSumBytes) return false;
   if (!keeps_busy(arguments.num_threads, blocks.items())) return false;
   run_grad_query(arguments, blocks, /*with_keys=*/true);

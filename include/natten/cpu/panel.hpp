@@ -303,7 +303,7 @@ void slide_rows(PanelChunk const& chunk, Interval tiles, StreamBox const& box, S
     };
     Interval const all = {tokens_of(taking.begin).begin, tokens_of(taking.end - 1).end};
     if (!chunk.is_line) run_all(taking.begin, taking.end, all.begin, all.end);
-    for (int x = chunk.is_line ? all.begin : all.end; x < all.end;) {
+    for (int x = all.begin; chunk.is_line && x < all.end;) {
       int next = all.end;
       Interval seeing = {taking.end, taking.end};  // tiles that see x: neighbours, as tokens are monotone
       for (int t = taking.begin; t < taking.end; ++t) {

@@ -93,7 +93,6 @@ class QueryBlocks {
 
   std::int64_t items() const { return schedule_.items; }
   bool slides() const { return schedule_.slides; }
-  bool has_lines() const { return schedule_.panel_axis == 2; }
   std::int64_t blocks_per_group() const { return schedule_.blocks_per_group(); }
   Schedule::Item item(std::int64_t index) const { return schedule_.item(problem_, index); }
   // Room for a token each of those that an item's ring holds.
@@ -143,8 +142,8 @@ class QueryBlocks {
           schedule_.next_panel(corner, block, item.block, next);
           for (int h = 0; h < problem_.group_size(); ++h) {
             std::int64_t const state = one_piece ? 0 : std::int64_t{index} * problem_.group_size() + h;
-            use(TileContext{item, panel, 0, panel[0], item.head_kv * problem_.group_size() + h, has_lines(), next,
-                            fetch},
+            use(TileContext{item, panel, 0, panel[0], item.head_kv * problem_.group_size() + h,
+                            schedule_.panel_axis == 2, next, fetch},
                 memory.states + state * state_floats_);
           }
         });
