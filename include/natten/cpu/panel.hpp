@@ -61,7 +61,6 @@ void slide_run(Vec const* const* lanes, int words, Word const* stream, int pitch
       x[n] = own[n][w];
       keep_in_register(x[n]);  // else it is loaded again for every slot, which halves the rate
     }
-    __builtin_prefetch(stream + kSlideReach);  // of runs to come: words are too far apart for hardware prefetchers
     Vec low, high;
     if constexpr (kShifts) {
       low = load_as<Vec>(stream);
