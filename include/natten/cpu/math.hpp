@@ -28,9 +28,6 @@ struct Float32Math {
   NATTEN_INLINE static Vec interleave(Storage const* row, Storage const*, int n) {
     return n >= kLanes ? load_vec(row) : load_first(row, n);
   }
-  NATTEN_INLINE static IntVec is_nonfinite(Vec words) {
-    return (bit_cast<UintVec>(words) & 0x7f800000u) == 0x7f800000u;
-  }
   NATTEN_INLINE static Vec multiply_add(Vec sum, Vec a, Word const* b) { return sum + a * load_as<float>(b); }
   NATTEN_INLINE static Vec multiply_add(Vec sum, Vec a, Vec b) { return sum + a * b; }
   // Weights [row][slot][lane], rows being `pitch` vectors, as the words that a weighted sum broadcasts: they are that already.
@@ -67,10 +64,6 @@ struct BFloat16Math {
   // Word c holds channel c of two tokens; zero behind the first n channels.
   NATTEN_INLINE static Vec interleave(Storage const* even, Storage const* odd, int n) {
     return bit_cast<Vec>(channels(even, n) | (channels(odd, n) << 16));
-  }
-  NATTEN_INLINE static IntVec is_nonfinite(Vec words) {
-    UintVec w = bit_cast<UintVec>(words);
-    return ((w & 0x7f80u) == 0x7f80u) | ((w & 0x7f800000u) == 0x7f800000u);
   }
   NATTEN_INLINE static Vec multiply_add(Vec sum, Vec a, Word const* b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)_mm512_set1_epi32(static_cast<int>(*b)));

@@ -79,6 +79,19 @@ constexpr int kStoreAhead = 6;
 
 constexpr int kPrefetchTokens = 8;
 
+// Finds infinities and NaN among what it is shown: 0 times one of them is NaN. One instruction a vector, where a comparison of
+// exponents takes four. `i` spreads vectors over sums, each of which waits for its last multiply-add.
+template <class Math>
+class NonfiniteSearch {
+ public:
+  NATTEN_INLINE void look_at(int i, Vec words) { sum_[i % kSums] = Math::multiply_add(sum_[i % kSums], words, Vec{}); }
+  NATTEN_INLINE bool found() const { return any(sum_[0] + sum_[1] != 0.0f); }
+
+ private:
+  static constexpr int kSums = 2;
+  Vec sum_[kSums] = {};
+};
+
 // Reading a box row by row. At the end of a row, what comes next are the first tokens of the row after it: without them, rows
 // of 32 tokens would miss a quarter of their lines.
 template <class T>
@@ -106,7 +119,7 @@ struct Prefetcher {
 template <class Math>
 bool pack_dot(GroupView<typename Math::Storage const> const& from, StreamBox const& box, Interval slices, int dim,
               Operand const& to) {
-  IntVec nonfinite = {};
+  NonfiniteSearch<Math> nonfinite;
   Prefetcher<typename Math::Storage const> prefetcher{from, box.axis, slices};
   for (int z = slices.begin; z < slices.end; ++z) {
     for (int y = box.axis[1].begin; y < box.axis[1].end; ++y) {
@@ -121,7 +134,7 @@ bool pack_dot(GroupView<typename Math::Storage const> const& from, StreamBox con
 #pragma GCC unroll 16
           for (int w = 0; w < decltype(words)::value; w += kLanes) {
             Vec const v = Math::load_words(row, w);
-            nonfinite |= Math::is_nonfinite(v);
+            nonfinite.look_at(w / kLanes, v);
             store_as(out + w, v);
           }
         };
@@ -139,14 +152,14 @@ bool pack_dot(GroupView<typename Math::Storage const> const& from, StreamBox con
           Word* plane_out = out + plane * to.plane_stride;
           for (int w = plane * kPlaneWords; w < end; w += kLanes, plane_out += kLanes) {
             Vec const v = is_token ? Math::load_words(row, w, dim) : Vec{};
-            nonfinite |= Math::is_nonfinite(v);
+            nonfinite.look_at(w / kLanes, v);
             store_as(plane_out, v);
           }
         }
       }
     }
   }
-  return any(nonfinite);
+  return nonfinite.found();
 }
 
 // Packs slices of a box as sum operand, where that differs from a dot operand: a word holds one channel of two tokens.
@@ -154,7 +167,7 @@ template <class Math>
 bool pack_sum(GroupView<typename Math::Storage const> const& from, StreamBox const& box, Interval slices, int dim,
               Operand const& to) {
   typename Math::Storage const zeros[kLanes] = {};
-  IntVec nonfinite = {};
+  NonfiniteSearch<Math> nonfinite;
   Prefetcher<typename Math::Storage const> prefetcher{from, box.axis, slices};
   for (int z = slices.begin; z < slices.end; ++z) {
     for (int y = box.axis[1].begin; y < box.axis[1].end; ++y) {
@@ -168,13 +181,13 @@ bool pack_sum(GroupView<typename Math::Storage const> const& from, StreamBox con
         for (int c = 0; c < dim; c += kLanes) {
           Vec const v = Math::interleave(has_even ? row + c : zeros, has_odd ? row + from.step[2] + c : zeros,
                                          min(dim - c, kLanes));
-          nonfinite |= Math::is_nonfinite(v);
+          nonfinite.look_at(c / kLanes, v);
           store_as(word_at(to, pair, c), v);
         }
       }
     }
   }
-  return any(nonfinite);
+  return nonfinite.found();
 }
 
 // Tokens as lanes: store(word, vectors) for kLanes words at a time, those behind `dim` being 0. token_of(lane) is a pointer, which
@@ -204,7 +217,7 @@ template <class Math>
 bool pack_sliding(GroupView<typename Math::Storage const> const& from, StreamBox const& box, Interval slices, int dim,
                   SlidingOperand const& to) {
   using Storage = typename Math::Storage;
-  IntVec nonfinite = {};
+  NonfiniteSearch<Math> nonfinite;
   Prefetcher<Storage const> prefetcher{from, box.axis, slices, kLanes};
   int const width = box.axis[2].size();
   for (int z = slices.begin; z < slices.end; ++z) {
@@ -216,22 +229,28 @@ bool pack_sliding(GroupView<typename Math::Storage const> const& from, StreamBox
         for (int l = 0; l < count; ++l) prefetcher.at(first + l * from.step[2], box.axis[2].begin + x + l, dim);
         // Where blocks overlap, a token is in two of them.
         bool const is_twice = x >= kSlideBlock && x % kSlideBlock < kSlideReach && to.blocks > 1;
-        Word* out = to.at(box.row(z, y), x, 0);
-        Word* again = is_twice ? to.at(box.row(z, y), x - kSlideBlock, 0) + kSlideBlock : nullptr;
+        Word* const out = to.at(box.row(z, y), x, 0);
+        Word* const again = is_twice ? to.at(box.row(z, y), x - kSlideBlock, 0) + kSlideBlock : nullptr;
         auto const token_of = [&](int l) { return l < count ? first + l * from.step[2] : nullptr; };
         transpose_tokens<Math>(token_of, count == kLanes, dim, [&](int w, Vec const(&rows)[kLanes]) {
           int const n = min(kLanes, to.words - w);
-          auto const store = [&](Word*& to_words) {
-            for (int i = 0; i < n; ++i, to_words += to.pitch) store_as(to_words, rows[i]);
+          auto const store = [&](Word* to_words) {
+            if (n == kLanes) {
+#pragma GCC unroll 16
+              for (int i = 0; i < kLanes; ++i, to_words += to.pitch) store_as(to_words, rows[i]);
+            } else {
+              for (int i = 0; i < n; ++i, to_words += to.pitch) store_as(to_words, rows[i]);
+            }
           };
-          for (Vec const& row : rows) nonfinite |= Math::is_nonfinite(row);
-          store(out);
-          if (is_twice) store(again);
+#pragma GCC unroll 16
+          for (int i = 0; i < kLanes; ++i) nonfinite.look_at(i, rows[i]);
+          store(out + w * to.pitch);
+          if (is_twice) store(again + w * to.pitch);
         });
       }
     }
   }
-  return any(nonfinite);
+  return nonfinite.found();
 }
 
 // A tensor of the stream side, packed: as dot operand, and as sum operand.

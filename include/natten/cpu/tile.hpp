@@ -268,7 +268,7 @@ template <class Math>
 bool load_lane_rows(GroupView<typename Math::Storage const> const& from, Tile const& tile, int dim,
                     Operand const& out) {
   typename Math::Storage const zeros[kLanes] = {};
-  IntVec nonfinite = {};
+  NonfiniteSearch<Math> nonfinite;
   auto const row = [&](int l) {
     return l < kLanes && tile.has(l) ? from.at(tile.position[0][l], tile.position[1][l], tile.position[2][l]) : nullptr;
   };
@@ -277,11 +277,11 @@ bool load_lane_rows(GroupView<typename Math::Storage const> const& from, Tile co
     auto const* const second = row(l + Math::kPerWord - 1);
     for (int c = 0; c < dim; c += kLanes) {
       Vec const v = Math::interleave(first ? first + c : zeros, second ? second + c : zeros, min(dim - c, kLanes));
-      nonfinite |= Math::is_nonfinite(v);
+      nonfinite.look_at(c / kLanes, v);
       store_vec(reinterpret_cast<float*>(word_at(out, l / Math::kPerWord, c)), v);
     }
   }
-  return any(nonfinite);
+  return nonfinite.found();
 }
 
 // out[channel] += weight * the row of one lane, of rows as load_lane_rows makes them. `weight`: the word that the lane is in.
