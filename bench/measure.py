@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""Times all methods and the machine's peak in turns, so that noise on the machine meets all of them alike."""
+"""Times all methods and the machine's peak in turns, so that noise on the machine meets all of them alike.
+
+Ratios are medians over rounds of what was measured in the same round, as a machine's speed changes from second to second.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -55,8 +58,9 @@ class Row:
     direction: str
     threads: int
     flops: float  # useful: of attended pairs
-    peak: float | None  # FLOP/s
-    seconds: dict[str, float] = field(default_factory=dict)  # by method, medians
+    # By round: FLOP/s, and the median seconds of each method's turn; None where it took none.
+    peaks: list[float]
+    bursts: dict[str, list[float | None]]
     missing: dict[str, str] = field(default_factory=dict)  # by method, why it has no time
 
     @property
@@ -64,23 +68,48 @@ class Row:
         return self.case, self.dtype, self.head_dim, self.direction
 
     @property
+    def seconds(self) -> dict[str, float]:
+        """By method."""
+        return {method: median(bursts) for method, bursts in self.bursts.items()}
+
+    @property
     def gflops(self) -> float:
         return self.flops / self.seconds[OURS] / 1e9
 
-    @property
-    def share_of_peak(self) -> float | None:
-        return None if self.peak is None else self.gflops * 1e9 / self.peak
+    def share_of_peak(self, method: str = OURS) -> float | None:
+        """Useful FLOPs a second in those the machine can do."""
+        at_peak = [self.flops / peak for peak in self.peaks]
+        return _ratio(at_peak, self.bursts[method]) if method in self.bursts else None
 
     @property
     def times_best(self) -> float | None:
         """How many times faster than the fastest alternative."""
-        others = [self.seconds[method] for method in ALTERNATIVES if method in self.seconds]
-        return min(others) / self.seconds[OURS] if others else None
+        seconds = self.seconds
+        others = [method for method in ALTERNATIVES if method in seconds]
+        return self._times(min(others, key=seconds.__getitem__)) if others else None
 
     @property
     def times_dense(self) -> float | None:
         """How many times faster than attention of all tokens to all."""
-        return self.seconds[DENSE] / self.seconds[OURS] if DENSE in self.seconds else None
+        return self._times(DENSE) if DENSE in self.bursts else None
+
+    def in_times_of(self, other: Row) -> float | None:
+        """How many times longer than another row, measured in the same rounds."""
+        return _ratio(self.bursts[OURS], other.bursts[OURS])
+
+    def _times(self, method: str) -> float | None:
+        return _ratio(self.bursts[method], self.bursts[OURS])
+
+
+def median(bursts: Sequence[float | None]) -> float:
+    """Over the rounds in which a method took a turn."""
+    return statistics.median(burst for burst in bursts if burst is not None)
+
+
+def _ratio(of: Sequence[float | None], to: Sequence[float | None]) -> float | None:
+    """The median over the rounds in which both were measured."""
+    ratios = [a / b for a, b in zip(of, to, strict=True) if a is not None and b is not None]
+    return statistics.median(ratios) if ratios else None
 
 
 def wall_clock(run: Callable[[], object]) -> float:
@@ -100,22 +129,24 @@ class Turns:
     ) -> None:
         self._run = run
         self._clock = clock
-        self.times: list[float] = []
+        self.bursts: list[float | None] = []
+        self._spent = 0.0
         self._timed_call()  # compiles, and faults pages in
 
     def _timed_call(self) -> float:
         return self._clock(self._run)
 
     def burst(self, effort: Effort) -> None:
-        if len(self.times) >= 3 and sum(self.times) > effort.budget:
+        if len(self.bursts) >= 3 and self._spent > effort.budget:
+            self.bursts.append(None)
             return
         spent = self._timed_call()  # warms the caches again after another method's turn
-        if spent > effort.burst:
-            self.times.append(spent)
-            return
+        times = [] if spent < effort.burst else [spent]
         while spent < effort.burst:
-            self.times.append(self._timed_call())
-            spent += self.times[-1]
+            times.append(self._timed_call())
+            spent += times[-1]
+        self._spent += sum(times)
+        self.bursts.append(statistics.median(times))
 
 
 def settle_malloc() -> None:
@@ -143,7 +174,8 @@ def measure(
             direction,
             threads,
             problem.case.flops(problem.head_dim, backward=direction == FORWARD_BACKWARD),
-            None,
+            peaks=[],
+            bursts={},
         )
         for direction in directions
     }
@@ -163,20 +195,19 @@ def measure(
                 row.missing[method] = str(reason)
             except torch.OutOfMemoryError:
                 row.missing[method] = "out of memory"
-    peaks = []
     for _ in range(effort.rounds):
-        for turn in turns.values():
-            turn.burst(effort)
         if on_cpu:
             # OpenMP's threads spin for a while after their work, on the same cores.
             time.sleep(0.02)
-            peaks.append(peak_flops(problem.dtype, threads))
+            peak = peak_flops(problem.dtype, threads)
         else:
-            peaks.append(gpu.peak_flops(problem.dtype, problem.device))
+            peak = gpu.peak_flops(problem.dtype, problem.device)
+        for row in rows.values():
+            row.peaks.append(peak)
+        for turn in turns.values():
+            turn.burst(effort)
     for (method, direction), turn in turns.items():
-        rows[direction].seconds[method] = statistics.median(turn.times)
-    for row in rows.values():
-        row.peak = statistics.median(peaks)
+        rows[direction].bursts[method] = turn.bursts
     return list(rows.values())
 
 

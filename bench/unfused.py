@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.measure import FORWARD, FORWARD_BACKWARD, Effort, Turns, settle_malloc
+from bench.measure import FORWARD, FORWARD_BACKWARD, Effort, Turns, median, settle_malloc
 from bench.methods import DTYPES, OURS, Problem, UnavailableError, build, check, gatherer
 from bench.peak import peak_flops
 from bench.report import cell
@@ -202,13 +202,13 @@ def measure(problem: Problem, effort: Effort, *, gathers: bool) -> list[Row]:
         time.sleep(0.02)  # OpenMP's threads spin for a while after their work, on the same cores
         peaks.append(peak_flops(problem.dtype, threads))
     peak = statistics.median(peaks)
-    bandwidth = copied / statistics.median(copies.times)
+    bandwidth = copied / median(copies.bursts)
     return [
         Row(
             *(problem.case.name, problem.dtype, problem.head_dim, op),
             *(work_of(op, problem), peak, bandwidth),
             {
-                method: statistics.median(turns[method, op].times)
+                method: median(turns[method, op].bursts)
                 for method in METHODS
                 if (method, op) in turns
             },

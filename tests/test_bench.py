@@ -27,8 +27,12 @@ STRIDED = Case("strided", (7, 9), (3, 4), heads=2, stride=(3, 2))
 
 
 def _row(**changes: object) -> Row:
-    row = Row("case", "fp32", 64, FORWARD, 2, flops=1e9, peak=100e9)
-    row.seconds = {OURS: 0.02, "sdpa mask": 0.2, "flex": 0.1}
+    bursts: dict[str, list[float | None]] = {
+        OURS: [0.02, 0.03, 0.02],
+        "sdpa mask": [0.2, 0.3, None],
+        "flex": [0.1, 0.15, None],
+    }
+    row = Row("case", "fp32", 64, FORWARD, 2, 1e9, peaks=[100e9, 66e9, 100e9], bursts=bursts)
     return replace(row, **changes)  # type: ignore[arg-type]
 
 
@@ -67,29 +71,38 @@ def test_a_method_that_computes_something_else_is_refused() -> None:
 
 def test_measure_fills_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.measure.peak_flops", lambda dtype, threads: 1e12)
-    effort = Effort(rounds=1, burst=0.0, budget=0.0)
+    effort = Effort(rounds=4, burst=0.0, budget=0.0)
     directions = (FORWARD, FORWARD_BACKWARD)
     rows = measure(Problem(SMALL, "fp32", 8), directions, ("sdpa mask", "gather"), effort)
     assert [row.direction for row in rows] == list(directions)
     for row in rows:
         assert set(row.seconds) == {OURS, "sdpa mask", "gather"}
-        assert row.share_of_peak == pytest.approx(row.flops / row.seconds[OURS] / 1e12)
+        assert row.share_of_peak() == pytest.approx(row.flops / row.seconds[OURS] / 1e12)
+        for bursts in row.bursts.values():  # three turns, and then the budget is spent
+            assert [burst is None for burst in bursts] == [False, False, False, True]
 
 
-def test_ratios() -> None:
+def test_ratios_are_those_of_a_round() -> None:
     row = _row()
+    assert row.seconds == {OURS: 0.02, "sdpa mask": 0.25, "flex": 0.125}
     assert row.gflops == pytest.approx(50)
-    assert row.share_of_peak == pytest.approx(0.5)
-    assert row.times_best == pytest.approx(5)
-    assert _row(seconds={OURS: 0.02}).times_best is None
+    assert row.share_of_peak() == pytest.approx(0.5)
+    assert row.times_best == pytest.approx(5)  # not 0.125 / 0.02: medians are of different rounds
+    assert row.in_times_of(_row(bursts={OURS: [0.004, 0.006, 0.005]})) == pytest.approx(5)
+    assert _row(bursts={OURS: [0.02, 0.02, 0.02]}).times_best is None
 
 
 def test_regressions_are_ratios() -> None:
-    old = report.Report("", [_row()])
-    slower_machine = _row(peak=50e9, seconds={OURS: 0.04, "sdpa mask": 0.4, "flex": 0.2})
-    assert report.regressions(old, report.Report("", [slower_machine]), 0.1) == []
-    worse = report.Report("", [_row(seconds={OURS: 0.03, "sdpa mask": 0.2, "flex": 0.15})])
-    assert report.regressions(old, worse, 0.1) == ["case fp32 64 forward: % of peak -33%"]
+    def machine(speed: float, ours: float = 1.0) -> Row:
+        times = {OURS: 0.02 * ours, "sdpa mask": 0.2, "flex": 0.1}
+        bursts = {method: [time / speed] * 3 for method, time in times.items()}
+        return _row(peaks=[100e9 * speed] * 3, bursts=bursts)
+
+    old = report.Report("", [machine(1)])
+    assert report.regressions(old, report.Report("", [machine(0.5)]), 0.1) == []
+    worse = report.Report("", [machine(1, ours=1.5)])
+    found = report.regressions(old, worse, 0.1)
+    assert found == [f"case fp32 64 forward: {name} -33%" for name in ("% of peak", "x best")]
     assert report.regressions(old, worse, 0.4) == []
 
 
@@ -105,7 +118,13 @@ def test_table_goes_into_a_page(tmp_path: Path) -> None:
     page.write_text(
         f"before\n<!-- benchmark problems -->\nold\n<!-- /benchmark problems -->\n{others}after\n"
     )
-    rows = [_row(), _row(direction=FORWARD_BACKWARD, seconds={OURS: 0.08, "sdpa mask": 1.6})]
+    rows = [
+        _row(),
+        _row(
+            direction=FORWARD_BACKWARD,
+            bursts={OURS: [0.08, 0.12, 0.08], "sdpa mask": [1.6, 2.4, None]},
+        ),
+    ]
     result = tmp_path / "report.json"
     report.Report("a machine", rows).save(result)
     command = (sys.executable, "-m", "bench", "--load", str(result), "--into", str(page))
@@ -155,7 +174,7 @@ def test_unfused_methods_compute_the_same() -> None:
 
 def test_unfused_ops_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.unfused.peak_flops", lambda dtype, threads: 1e12)
-    effort = Effort(rounds=1, burst=0.0, budget=0.0)
+    effort = Effort(rounds=4, burst=0.0, budget=0.0)
     rows = {row.op: row for row in unfused.measure(Problem(SMALL, "fp32", 8), effort, gathers=True)}
     assert tuple(rows) == unfused.OPS
     assert rows[FORWARD].flops == SMALL.flops(8)
