@@ -17,14 +17,18 @@ namespace natten::cpu::NATTEN_CPU_ISA {
 constexpr bool kCanSlide = kLanes == 16;
 constexpr int kPanelTiles = kCanSlide ? 4 : 1;
 
-// Made in place: to clear tiles that are not used takes longer than to make those that are.
+// Tiles are made in place: they take more than a kilobyte each, and to clear those that are not used takes longer than to make those
+// that are.
 class Panel {
  public:
   NATTEN_INLINE int count() const { return count_; }
   NATTEN_INLINE Tile const& operator[](int i) const { return reinterpret_cast<Tile const*>(memory_)[i]; }
   // Its tokens on an axis.
   Interval box(int axis) const { return {(*this)[0].box[axis].begin, (*this)[count_ - 1].box[axis].end}; }
-  void add(Tile const& tile) { new (memory_ + sizeof(Tile) * count_++) Tile(tile); }
+  template <class... Arguments>
+  Tile& add(Arguments const&... arguments) {
+    return *new (memory_ + sizeof(Tile) * count_++) Tile(arguments...);
+  }
 
  private:
   alignas(Tile) unsigned char memory_[kPanelTiles * sizeof(Tile)];

@@ -202,13 +202,13 @@ struct Schedule {
   Panel panel_at(int const (&corner)[kMaxRank], Interval const (&of_block)[kMaxRank],
                  AxisIntervals const (&intervals)[kMaxRank]) const {
     Panel tiles;
-    tiles.add(Tile(tile, corner, of_block, intervals));
+    tiles.add(tile, corner, of_block, intervals);
     if constexpr (kPanelTiles > 1) {
       int at[kMaxRank] = {corner[0], corner[1], corner[2]};
       while (tiles.count() < tiles_per_panel() &&
              (at[panel_axis] += tile.size[panel_axis]) < of_block[panel_axis].end) {
-        tiles.add(panel_axis == 2 ? Tile(tile, at, of_block, intervals)
-                                  : tiles[tiles.count() - 1].next_on(panel_axis, intervals[panel_axis]));
+        if (panel_axis == 2) tiles.add(tile, at, of_block, intervals);
+        else tiles.add(tiles[tiles.count() - 1]).move_on(panel_axis, intervals[panel_axis]);
       }
     }
     return tiles;

@@ -102,17 +102,15 @@ struct Tile {
     find_pairs();
   }
 
-  // The tile next to it on an axis where it is one token long.
-  Tile next_on(int axis, AxisIntervals const& intervals) const {
-    Tile next = *this;
-    int const p = ++next.box[axis].begin;
-    ++next.box[axis].end;
-    next.position[axis] += 1;
-    next.stream[axis] = next.interval[axis][0] = intervals[p];
-    next.begin[axis] = broadcast(std::uint32_t(intervals[p].begin));
-    next.size[axis] = broadcast(std::uint32_t(intervals[p].size()));
-    for (LaneGroup& pair : next.pairs) pair.box[axis] = intervals[p];
-    return next;
+  // Becomes the tile next to it on an axis where it is one token long.
+  void move_on(int axis, AxisIntervals const& intervals) {
+    int const p = ++box[axis].begin;
+    ++box[axis].end;
+    position[axis] += 1;
+    stream[axis] = interval[axis][0] = intervals[p];
+    begin[axis] = broadcast(std::uint32_t(intervals[p].begin));
+    size[axis] = broadcast(std::uint32_t(intervals[p].size()));
+    for (LaneGroup& pair : pairs) pair.box[axis] = intervals[p];
   }
 
   // The same tokens against `n` tokens that all of them attend to.
