@@ -76,8 +76,12 @@ class Row:
     def gflops(self) -> float:
         return self.flops / self.seconds[OURS] / 1e9
 
-    def share_of_peak(self, method: str = OURS) -> float | None:
-        """Useful FLOPs a second in those the machine can do."""
+    @property
+    def share_of_peak(self) -> float | None:
+        return self.share_of(OURS)
+
+    def share_of(self, method: str) -> float | None:
+        """A method's useful FLOPs a second in those the machine can do."""
         at_peak = [self.flops / peak for peak in self.peaks]
         return _ratio(at_peak, self.bursts[method]) if method in self.bursts else None
 

@@ -99,7 +99,7 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
             row.direction,
             cell(row.seconds[OURS], 0, 1e6),
             cell(row.gflops, 1),
-            cell(row.share_of_peak(), 1, 100),
+            cell(row.share_of_peak, 1, 100),
             *(cell(row.seconds.get(name), 0, 1e6) for name in others),
             *times_dense([row]),
             cell(row.times_best, 1),
@@ -119,7 +119,7 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
                 kind[2],
                 "",
                 cell(_geometric_mean(row.gflops for row in alike), 1),
-                cell(_geometric_mean(row.share_of_peak() for row in alike), 1, 100),
+                cell(_geometric_mean(row.share_of_peak for row in alike), 1, 100),
                 *("" for _ in others),
                 *times_dense(alike),
                 cell(_geometric_mean(row.times_best for row in alike), 1),
@@ -190,7 +190,7 @@ def regressions(old: Report, new: Report, threshold: float) -> list[str]:
             continue
         was = before[row.key]
         ratios = {
-            "% of peak": (was.share_of_peak(), row.share_of_peak()),
+            "% of peak": (was.share_of_peak, row.share_of_peak),
             "x best": (was.times_best, row.times_best),
             "x dense": (was.times_dense, row.times_dense),
         }
@@ -215,7 +215,7 @@ def plot(report: Report, path: Path) -> None:
         rows = [row for row in report.rows if row.key[1:] == kind]
         width = 0.8 / len(shown)
         for n, method in enumerate(shown):
-            bars = [100 * (row.share_of_peak(method) or 0.0) for row in rows]
+            bars = [100 * (row.share_of(method) or 0.0) for row in rows]
             positions = [x + width * (n - (len(shown) - 1) / 2) for x in range(len(rows))]
             axis.bar(positions, bars, width, label=method)
         axis.set_yscale("log")

@@ -77,7 +77,7 @@ def test_measure_fills_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row.direction for row in rows] == list(directions)
     for row in rows:
         assert set(row.seconds) == {OURS, "sdpa mask", "gather"}
-        assert row.share_of_peak() == pytest.approx(row.flops / row.seconds[OURS] / 1e12)
+        assert row.share_of_peak == pytest.approx(row.flops / row.seconds[OURS] / 1e12)
         for bursts in row.bursts.values():  # three turns, and then the budget is spent
             assert [burst is None for burst in bursts] == [False, False, False, True]
 
@@ -86,7 +86,7 @@ def test_ratios_are_those_of_a_round() -> None:
     row = _row()
     assert row.seconds == {OURS: 0.02, "sdpa mask": 0.25, "flex": 0.125}
     assert row.gflops == pytest.approx(50)
-    assert row.share_of_peak() == pytest.approx(0.5)
+    assert row.share_of_peak == pytest.approx(0.5)
     assert row.times_best == pytest.approx(5)  # not 0.125 / 0.02: medians are of different rounds
     assert row.in_times_of(_row(bursts={OURS: [0.004, 0.006, 0.005]})) == pytest.approx(5)
     assert _row(bursts={OURS: [0.02, 0.02, 0.02]}).times_best is None

@@ -165,10 +165,10 @@ def test_ideal_over_dense() -> None:
 
 
 def _row(direction: str, case: str, ours: float, dense: float) -> Row:
-    row = Row(case, "bf16", 128, direction, 1, flops=1e12, peak=800e12)
-    row.seconds = {OURS: ours, "flex": 0.004, DENSE: dense, "fna:Sm75": 0.01}
-    row.missing = {"gather": "too large"}
-    return row
+    seconds = {OURS: ours, "flex": 0.004, DENSE: dense, "fna:Sm75": 0.01}
+    bursts: dict[str, list[float | None]] = {name: [time] for name, time in seconds.items()}
+    missing = {"gather": "too large"}
+    return Row(case, "bf16", 128, direction, 1, 1e12, [800e12], bursts, missing)
 
 
 def test_table() -> None:
