@@ -8,7 +8,7 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -33,6 +33,14 @@ class Report:
     @staticmethod
     def load(path: Path) -> Report:
         saved = json.loads(path.read_text())
+        wanted = {known.name for known in fields(Row)}
+        for row in saved["rows"]:
+            if set(row) != wanted:
+                different = ", ".join(sorted(set(row) ^ wanted))
+                raise ValueError(
+                    f"{path} is of another version of this benchmark, as its rows differ in {different}; "
+                    "make it anew with --json"
+                )
         return Report(saved["machine"], [Row(**row) for row in saved["rows"]])
 
 

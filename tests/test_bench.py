@@ -112,6 +112,14 @@ def test_report_survives_saving(tmp_path: Path) -> None:
     assert report.Report.load(tmp_path / "report.json") == result
 
 
+def test_report_of_another_version(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    report.Report("a machine", [_row()]).save(path)
+    path.write_text(path.read_text().replace('"peaks"', '"peak"'))
+    with pytest.raises(ValueError, match=f"{path} is of another version .* in peak, peaks; make"):
+        report.Report.load(path)
+
+
 def test_table_goes_into_a_page(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     others = "<!-- benchmark unfused -->\nanother\n<!-- /benchmark unfused -->\n"
