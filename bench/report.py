@@ -37,10 +37,8 @@ class Report:
         for row in saved["rows"]:
             if set(row) != wanted:
                 different = ", ".join(sorted(set(row) ^ wanted))
-                raise ValueError(
-                    f"{path} is of another version of this benchmark, as its rows differ in {different}; "
-                    "make it anew with --json"
-                )
+                message = f"{path} is of another version of this benchmark, as its rows differ in {different}; make it anew with --json"
+                raise ValueError(message)
         return Report(saved["machine"], [Row(**row) for row in saved["rows"]])
 
 
