@@ -301,6 +301,39 @@ def test_poison_stays_where_it_belongs_on_a_long_line(policy):
     oracle.assert_close(dirty[:, 171:], clean[:, 171:].double(), rounding, "output")
 
 
+@pytest.mark.parametrize("which", ["query", "key", "value", "d_output"])
+def test_poison_in_any_channel_is_found(which, policy):
+    """Kernels look for it a vector at a time: what they overlook reaches tokens that do not attend to it."""
+    if policy.multiplies_tiles:
+        pytest.skip("its products take whole tiles, in which 0 times NaN is NaN")
+    shape = (1, 3, 40, 1, 40)
+    tensors = {name: torch.randn(shape).to(policy.dtype) for name in ("query", "key", "value")}
+    cotangent = torch.randn(shape).to(policy.dtype)
+
+    def run():
+        inputs = [t.detach().requires_grad_() for t in tensors.values()]
+        output = natten.na2d(*inputs, (3, 5), backend=policy.backend)
+        return [output.detach(), *torch.autograd.grad(output, inputs, cotangent)]
+
+    clean = run()
+    token = tensors.get(which, cotangent)[0, 1, 20, 0]
+    of_queries = (
+        2 if which in ("key", "value") else 0
+    )  # how far from it there are queries that see it
+    of_keys = of_queries + 2  # and keys that these see
+    for channel in range(40):
+        held = token[channel].clone()
+        token[channel] = float("inf")
+        reaches = (of_queries, of_queries, of_keys, of_keys)
+        for before, after, reach in zip(clean, run(), reaches, strict=True):
+            beside = (torch.arange(40) - 20).abs() > reach
+            rounding = 16 * torch.finfo(before.dtype).eps * before.abs().max().item()
+            expected = before[:, :, beside].double()
+            said = f"beside channel {channel}"
+            oracle.assert_close(after[:, :, beside], expected, rounding, said)
+        token[channel] = held
+
+
 @pytest.fixture
 def memory_is_poisoned():
     """New tensors hold NaN: what is not written shows."""
