@@ -130,8 +130,18 @@ def show(
         report.write_into(arguments.into, arguments.what, text)
 
 
+def saved(option: str, path: Path | None) -> report.Report | None:
+    """A report that an option names; ends with 2, as for any wrong argument, if there is none."""
+    try:
+        return report.Report.load(path) if path else None
+    except (OSError, ValueError) as error:
+        print(f"{option}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
 def run_problems(arguments: argparse.Namespace) -> int:
-    result = report.Report.load(arguments.load) if arguments.load else measured(arguments)
+    loaded, old = saved("--load", arguments.load), saved("--compare", arguments.compare)
+    result = loaded or measured(arguments)
     show(arguments, result.machine, report.header(result.rows), report.cells(result.rows))
     for line in report.missing(result.rows):
         print(line, file=sys.stderr)
@@ -139,9 +149,9 @@ def run_problems(arguments: argparse.Namespace) -> int:
         result.save(arguments.json)
     if arguments.plot:
         report.plot(result, arguments.plot)
-    if not arguments.compare:
+    if not old:
         return 0
-    worse = report.regressions(report.Report.load(arguments.compare), result, arguments.threshold)
+    worse = report.regressions(old, result, arguments.threshold)
     print(
         f"\n{len(worse)} ratios fell by more than {arguments.threshold:.0%} since {arguments.compare}"
     )

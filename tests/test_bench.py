@@ -118,6 +118,11 @@ def test_report_of_another_version(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"peaks"', '"peak"'))
     with pytest.raises(ValueError, match=f"{path} is of another version .* in peak, peaks; make"):
         report.Report.load(path)
+    for option in ("--load", "--compare"):  # said before anything is measured
+        command = (sys.executable, "-m", "bench", "--quick", option, str(path))
+        ended = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
+        assert ended.returncode == 2
+        assert f"{option}: {path} is of another version" in ended.stderr
 
 
 def test_table_goes_into_a_page(tmp_path: Path) -> None:
@@ -182,7 +187,7 @@ def test_unfused_methods_compute_the_same() -> None:
 
 def test_unfused_ops_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.unfused.peak_flops", lambda dtype, threads: 1e12)
-    effort = Effort(rounds=4, burst=0.0, budget=0.0)
+    effort = Effort(rounds=1, burst=0.0, budget=0.0)
     rows = {row.op: row for row in unfused.measure(Problem(SMALL, "fp32", 8), effort, gathers=True)}
     assert tuple(rows) == unfused.OPS
     assert rows[FORWARD].flops == SMALL.flops(8)

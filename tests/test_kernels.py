@@ -317,14 +317,13 @@ def test_poison_in_any_channel_is_found(which, policy):
 
     clean = run()
     token = tensors.get(which, cotangent)[0, 1, 20, 0]
-    of_queries = (
-        2 if which in ("key", "value") else 0
-    )  # how far from it there are queries that see it
-    of_keys = of_queries + 2  # and keys that these see
+    # How far from it there are queries that see it, and keys that these see.
+    of_queries = 2 if which in ("key", "value") else 0
+    of_keys = of_queries + 2
+    reaches = (of_queries, of_queries, of_keys, of_keys)
     for channel in range(40):
         held = token[channel].clone()
         token[channel] = float("inf")
-        reaches = (of_queries, of_queries, of_keys, of_keys)
         for before, after, reach in zip(clean, run(), reaches, strict=True):
             beside = (torch.arange(40) - 20).abs() > reach
             rounding = 16 * torch.finfo(before.dtype).eps * before.abs().max().item()
