@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench import gpu, measure, memory, overhead, report, unfused
+from bench import gpu, idle, measure, memory, overhead, report, unfused
 from bench.cases import CASES, GPU_CASES
 from bench.measure import FORWARD, FORWARD_BACKWARD, QUICK, Effort, Row
 from bench.methods import DTYPES, Problem, methods_on
@@ -28,10 +28,10 @@ def parse_arguments(line: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=("problems", "unfused", "overhead", "memory"),
+        choices=("problems", "idle", "unfused", "overhead", "memory"),
         default="problems",
-        help="the named problems (default), the unfused ops one by one, the cost of a call and of the import, or the "
-        "memory of a call above its inputs and outputs",
+        help="the named problems (default), our kernels alone in moments when the machine is idle, the unfused ops one by "
+        "one, the cost of a call and of the import, or the memory of a call above its inputs and outputs",
     )
     names = [case.name for case in (*CASES, *GPU_CASES)]
     parser.add_argument(
@@ -49,6 +49,12 @@ def parse_arguments(line: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--no-alternatives", action="store_true")
     parser.add_argument("--quick", action="store_true", help="few repetitions")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=idle.Patience.seconds,
+        help="of idle: seconds to wait for idle moments, for each problem and direction (default: %(default)s)",
+    )
     parser.add_argument("--load", type=Path, help="show a saved report instead of measuring")
     parser.add_argument("--markdown", action="store_true", help="print the table as markdown")
     parser.add_argument(
@@ -159,6 +165,18 @@ def run_problems(arguments: argparse.Namespace) -> int:
     return 1 if worse else 0
 
 
+def run_idle(arguments: argparse.Namespace) -> int:
+    patience = idle.Patience(seconds=arguments.patience)
+    probe = idle.Probe(arguments.threads)
+    rows = [
+        row
+        for problem in tqdm(problems(arguments), leave=False)
+        for row in idle.measure(problem, directions(arguments), patience, probe)
+    ]
+    show(arguments, report.machine("cpu"), idle.HEADER, idle.cells(rows, probe.most))
+    return 0
+
+
 def run_unfused(arguments: argparse.Namespace) -> int:
     warn_of_load()
     effort, gathers = effort_of(arguments), not arguments.no_alternatives
@@ -194,6 +212,7 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
     runners = {
         "problems": run_problems,
+        "idle": run_idle,
         "unfused": run_unfused,
         "memory": run_memory,
         "overhead": run_overhead,

@@ -201,8 +201,6 @@ def measure(
                 row.missing[method] = "out of memory"
     for _ in range(effort.rounds):
         if on_cpu:
-            # OpenMP's threads spin for a while after their work, on the same cores.
-            time.sleep(0.02)
             peak = peak_flops(problem.dtype, threads)
         else:
             peak = gpu.peak_flops(problem.dtype, problem.device)

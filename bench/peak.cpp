@@ -1,20 +1,25 @@
 // SPDX-License-Identifier: MIT
-// What the machine can do at most: multiply-adds on registers, nothing else, as many threads as the kernels get.
-// Compiled for this very machine by bench/peak.py.
+// What the machine can do at most: arithmetic on registers, nothing else, on the threads that the kernels get. Compiled for
+// this very machine by bench/peak.py.
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <atomic>
 #include <chrono>
+#include <cstdint>
+#include <numeric>
 #include <thread>
 #include <vector>
-
-#if defined(__linux__)
-#include <pthread.h>
-#include <sched.h>
-#endif
 
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
 
 namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
@@ -62,50 +67,78 @@ __attribute__((noinline)) float run_chains(float seed) {
   return sum;
 }
 
-// Binds the calling thread to the n-th CPU of those it may use: a scheduler may leave new threads on one CPU for as long as a
-// measurement takes (seen: 272 instead of 460 GFLOP/s of two).
-void bind_to_cpu(int n) {
-#if defined(__linux__)
-  cpu_set_t allowed;
-  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
-  n %= CPU_COUNT(&allowed);
-  int cpu = 0;
-  while (!CPU_ISSET(cpu, &allowed) || n-- > 0) ++cpu;
-  CPU_ZERO(&allowed);
-  CPU_SET(cpu, &allowed);
-  pthread_setaffinity_np(pthread_self(), sizeof allowed, &allowed);
-#else
-  (void)n;
-#endif
+// What a core does most of while nobody else uses it: unlike multiply-adds, additions of integers slow down as soon as another
+// hardware thread of the same core works (a virtual machine does not see those: 12.9 a ns alone, 5 to 11 beside others).
+double additions_per_second() {
+  constexpr int kCounters = 8;
+  constexpr int kAdditionSteps = 1 << 16;  // some 40 us
+  std::uint64_t counters[kCounters] = {};
+  auto const begin = Clock::now();
+  for (int step = 0; step < kAdditionSteps; ++step) {
+    for (std::uint64_t& counter : counters) {
+      counter += step;
+      asm volatile("" : "+r"(counter));  // else they would become one sum
+    }
+  }
+  return kCounters * double{kAdditionSteps} / seconds_since(begin);
+}
+
+// Exported by the OpenMP that torch brings along.
+using GompParallel = void (*)(void (*function)(void*), void* data, unsigned num_threads, unsigned flags);
+
+// What `measure` returns on each of the threads that kernels get: those of torch's pool, which would else spin on the cores
+// of others for a while after each call.
+template <class Measure>
+std::vector<double> on_each_thread(int num_threads, Measure const& measure) {
+  struct Region {
+    Measure const& measure;
+    std::atomic<int> entered;
+    std::vector<double> rates;
+    static void enter(void* data) {
+      Region& region = *static_cast<Region*>(data);
+      int const thread = region.entered++;
+      region.rates[thread] = region.measure();
+    }
+  } region{measure, {0}, std::vector<double>(num_threads)};
+  if (auto const parallel = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"))) {
+    parallel(Region::enter, &region, num_threads, 0);
+  } else {
+    std::vector<std::thread> threads;
+    for (int i = 0; i < num_threads; ++i) threads.emplace_back(Region::enter, &region);
+    for (std::thread& thread : threads) thread.join();
+  }
+  region.rates.resize(region.entered);  // a pool may lend fewer threads
+  return region.rates;
+}
+
+template <class Unit>
+double flops_of_thread(double seconds) {
+  static float volatile seed = 0.5f;  // unknown to the compiler, which would fold products with constants
+  float volatile sink = run_chains<Unit>(seed);
+  auto const begin = Clock::now();
+  double elapsed = 0;
+  long runs = 0;
+  while (elapsed < seconds) {
+    for (int i = 0; i < 4; ++i) sink = run_chains<Unit>(seed);
+    runs += 4;
+    elapsed = seconds_since(begin);
+  }
+  static_cast<void>(sink);
+  return runs * (Unit::kFlops * kChains * kSteps) / elapsed;
 }
 
 template <class Unit>
 double flops_per_second(int num_threads, double seconds) {
-  static float volatile seed = 0.5f;  // unknown to the compiler, which would fold products with constants
-  using Clock = std::chrono::steady_clock;
-  std::vector<double> rates(num_threads);
-  auto body = [&](int thread) {
-    bind_to_cpu(thread);
-    float volatile sink = run_chains<Unit>(seed);
-    auto begin = Clock::now();
-    double elapsed = 0;
-    long runs = 0;
-    while (elapsed < seconds) {
-      for (int i = 0; i < 16; ++i) sink = run_chains<Unit>(seed);
-      runs += 16;
-      elapsed = std::chrono::duration<double>(Clock::now() - begin).count();
-    }
-    rates[thread] = runs * (Unit::kFlops * kChains * kSteps) / elapsed;
-  };
-  std::vector<std::thread> threads;
-  for (int thread = 0; thread < num_threads; ++thread) threads.emplace_back(body, thread);
-  for (std::thread& thread : threads) thread.join();
-  double total = 0;
-  for (double rate : rates) total += rate;
-  return total;
+  auto const rates = on_each_thread(num_threads, [=] { return flops_of_thread<Unit>(seconds); });
+  return std::accumulate(rates.begin(), rates.end(), 0.0);
 }
 
 }  // namespace
 
 extern "C" double peak_fp32(int num_threads, double seconds) { return flops_per_second<Fp32>(num_threads, seconds); }
 extern "C" double peak_bf16(int num_threads, double seconds) { return flops_per_second<Bf16>(num_threads, seconds); }
+// Of the slowest thread.
+extern "C" double integer_additions(int num_threads) {
+  auto const rates = on_each_thread(num_threads, additions_per_second);
+  return *std::min_element(rates.begin(), rates.end());
+}

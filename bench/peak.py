@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The most FLOP/s this machine can do in a data type: `peak.cpp`, compiled here on first use."""
+"""What this machine can do at most, and whether it could just now: `peak.cpp`, compiled here on first use."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ def _library() -> ctypes.CDLL:
         RESULTS.mkdir(exist_ok=True)
         compiler = os.environ.get("CXX", "g++")
         flags = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
-        subprocess.run([compiler, *flags, str(_SOURCE), "-o", str(library)], check=True)
+        subprocess.run([compiler, *flags, str(_SOURCE), "-o", str(library), "-ldl"], check=True)
     loaded = ctypes.CDLL(str(library))
-    for name in ("peak_fp32", "peak_bf16"):
-        function = getattr(loaded, name)
+    for function in (loaded.peak_fp32, loaded.peak_bf16):
         function.argtypes = (ctypes.c_int, ctypes.c_double)
         function.restype = ctypes.c_double
+    loaded.integer_additions.argtypes = (ctypes.c_int,)
+    loaded.integer_additions.restype = ctypes.c_double
     return loaded
 
 
@@ -37,3 +38,12 @@ def peak_flops(dtype: str, threads: int, seconds: float = 0.02) -> float:
     library = _library()
     measure = library.peak_bf16 if dtype == "bf16" else library.peak_fp32
     return float(measure(threads, seconds))
+
+
+def integer_additions(threads: int) -> float:
+    """Additions a second on the slowest of `threads` threads, within some 40 us.
+
+    They are fewer, other than FLOP/s, while something else works on the same core: in another process, or, where CPUs are
+    hardware threads of a core, beside it.
+    """
+    return float(_library().integer_additions(threads))

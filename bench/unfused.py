@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -199,7 +198,6 @@ def measure(problem: Problem, effort: Effort, *, gathers: bool) -> list[Row]:
         for turn in turns.values():
             turn.burst(effort)
         copies.burst(effort)
-        time.sleep(0.02)  # OpenMP's threads spin for a while after their work, on the same cores
         peaks.append(peak_flops(problem.dtype, threads))
     peak = statistics.median(peaks)
     bandwidth = copied / median(copies.bursts)
