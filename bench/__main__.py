@@ -50,10 +50,10 @@ def parse_arguments(line: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-alternatives", action="store_true")
     parser.add_argument("--quick", action="store_true", help="few repetitions")
     parser.add_argument(
-        "--patience",
+        "--seconds",
         type=float,
-        default=idle.Patience.seconds,
-        help="of idle: seconds to wait for idle moments, for each problem and direction (default: %(default)s)",
+        default=120.0,
+        help="of idle: how long to wait for idle moments, altogether (default: %(default)s)",
     )
     parser.add_argument("--load", type=Path, help="show a saved report instead of measuring")
     parser.add_argument("--markdown", action="store_true", help="print the table as markdown")
@@ -166,14 +166,9 @@ def run_problems(arguments: argparse.Namespace) -> int:
 
 
 def run_idle(arguments: argparse.Namespace) -> int:
-    patience = idle.Patience(seconds=arguments.patience)
     probe = idle.Probe(arguments.threads)
-    rows = [
-        row
-        for problem in tqdm(problems(arguments), leave=False)
-        for row in idle.measure(problem, directions(arguments), patience, probe)
-    ]
-    show(arguments, report.machine("cpu"), idle.HEADER, idle.cells(rows, probe.most))
+    rows = idle.measure(problems(arguments), directions(arguments), probe, arguments.seconds)
+    show(arguments, report.machine("cpu"), idle.HEADER, idle.cells(rows, probe))
     return 0
 
 

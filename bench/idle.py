@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Our calls in moments when the machine does nothing else: each between two probes, which must find it idle.
+"""Our calls in moments when the machine does nothing else: idle before the call ahead of each, before it, and after it.
 
 On a machine that others share, also unseen (a virtual machine's CPU may be one of two hardware threads of a core), a median
 over all calls tells more of them than of the kernels. Probes count additions of integers, which take turns with whatever
-else the core does. Others at work between two probes go unnoticed: the longer a call, the more of its time may be theirs.
+else the core does; calls go on as long as probes find the machine idle. What others do between two probes, or to shared caches
+and memory, goes unnoticed, so that figures may be too low.
 """
 
 from __future__ import annotations
@@ -20,21 +21,24 @@ from bench.report import cell
 
 # Of the most additions a second that any probe found; beside others, a core has been seen to do 40 to 85 %.
 IDLE = 0.95
+# Of a turn: each problem and direction gets one after the other, and waits in it for the machine to be idle.
+TURN_SECONDS = 0.05
 
 
-@dataclass(frozen=True)
-class Patience:
-    """How long idle moments are waited for.
+class Probe:
+    """Knows the most additions a second that the machine has done so far."""
 
-    Attributes:
-        calls: Idle calls that are enough.
-        seconds: Time for a problem in one direction, whether there were enough or not.
-        burst: Seconds of a direction's turn.
-    """
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.most = 0.0
 
-    calls: int = 100
-    seconds: float = 20.0
-    burst: float = 0.03
+    def additions(self) -> float:
+        found = integer_additions(self.threads)
+        self.most = max(self.most, found)
+        return found
+
+    def is_idle(self, additions: float) -> bool:
+        return additions >= IDLE * self.most
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Call:
     Attributes:
         seconds: Its time.
         peak: FLOP/s of the machine, right after it.
-        additions: A second, before it or after the peak, whichever were fewer.
+        additions: A second, the fewest of all three probes.
     """
 
     seconds: float
@@ -56,105 +60,86 @@ class Call:
 class Row:
     """The result for one problem in one direction."""
 
-    case: str
-    dtype: str
-    head_dim: int
+    problem: Problem
     direction: str
-    flops: float  # useful: of attended pairs
     calls: list[Call] = field(default_factory=list)
 
     @property
-    def key(self) -> tuple[str, str, int]:
-        return self.case, self.dtype, self.head_dim
+    def flops(self) -> float:
+        """Useful: of attended pairs."""
+        backward = self.direction == FORWARD_BACKWARD
+        return self.problem.case.flops(self.problem.head_dim, backward=backward)
 
-    def idle(self, most: float) -> list[Call]:
-        """Calls between idle probes, if an idle machine does `most` additions a second."""
-        return [call for call in self.calls if call.additions >= IDLE * most]
+    def idle(self, probe: Probe) -> list[Call]:
+        """The calls that all probes found the machine idle for."""
+        return [call for call in self.calls if probe.is_idle(call.additions)]
 
-    def share_of_peak(self, calls: Sequence[Call]) -> float | None:
-        """The median of those of the calls."""
-        shares = [self.flops / call.seconds / call.peak for call in calls]
-        return statistics.median(shares) if shares else None
+    def seconds(self, probe: Probe) -> list[float]:
+        """Of those."""
+        return [call.seconds for call in self.idle(probe)]
 
-
-def seconds_of(calls: Sequence[Call]) -> float | None:
-    """The median."""
-    return statistics.median(call.seconds for call in calls) if calls else None
-
-
-class Probe:
-    """Knows the most additions a second that the machine has done so far."""
-
-    def __init__(self, threads: int) -> None:
-        self._threads = threads
-        self.most = 0.0
-
-    def additions(self) -> float:
-        found = integer_additions(self._threads)
-        self.most = max(self.most, found)
-        return found
-
-    def time(self, run: Callable[[], object], dtype: str) -> Call:
-        before = self.additions()
-        seconds = wall_clock(run)
-        peak = peak_flops(dtype, self._threads, seconds=2e-4)
-        return Call(seconds, peak, min(before, self.additions()))
+    def take_turn(self, run: Callable[[], object], probe: Probe) -> None:
+        """Waits until the machine is idle, and calls until it no longer is."""
+        end = time.perf_counter() + TURN_SECONDS
+        probes = [probe.additions()]
+        while not probe.is_idle(probes[-1]):
+            if time.perf_counter() >= end:
+                return
+            probes = [probe.additions()]
+        while probe.is_idle(probes[-1]):
+            seconds = wall_clock(run)
+            peak = peak_flops(self.problem.dtype, probe.threads, seconds=2e-4)
+            probes.append(probe.additions())
+            if len(probes) == 2:  # warms the caches, after another problem's turn
+                continue
+            self.calls.append(Call(seconds, peak, min(probes[-3:])))
+            if time.perf_counter() >= end:
+                return
 
 
 def measure(
-    problem: Problem, directions: tuple[str, ...], patience: Patience, probe: Probe
+    problems: Sequence[Problem], directions: tuple[str, ...], probe: Probe, seconds: float
 ) -> list[Row]:
-    """One row per direction."""
+    """One row per problem and direction, which take turns for some seconds altogether."""
     settle_malloc()
-    ours = build(OURS, problem)
-    runs = {FORWARD: ours.forward(), FORWARD_BACKWARD: ours.forward_backward()}
-    rows = [
-        Row(
-            *(problem.case.name, problem.dtype, problem.head_dim, direction),
-            problem.case.flops(problem.head_dim, backward=direction == FORWARD_BACKWARD),
-        )
-        for direction in directions
-    ]
-    end = time.perf_counter() + patience.seconds * len(rows)
-    waiting = rows
-    while waiting:
-        for row in waiting:
-            run = runs[row.direction]
-            run()  # warms the caches again after the other direction's turn
-            turn = time.perf_counter() + patience.burst
-            row.calls.append(probe.time(run, row.dtype))
-            while time.perf_counter() < turn:
-                row.calls.append(probe.time(run, row.dtype))
-        if time.perf_counter() >= end:
-            break
-        waiting = [row for row in rows if len(row.idle(probe.most)) < patience.calls]
-    return rows
+    rows = []
+    for problem in problems:
+        ours = build(OURS, problem)
+        runs = {FORWARD: ours.forward(), FORWARD_BACKWARD: ours.forward_backward()}
+        rows += [(Row(problem, direction), runs[direction]) for direction in directions]
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for row, run in rows:
+            row.take_turn(run, probe)
+    return [row for row, _ in rows]
 
 
 HEADER = (
-    *("problem", "dtype", "head dim", "direction", "calls", "idle", "us", "GFLOP/s", "% of peak"),
-    *("all calls, % of peak", "fwd+bwd / fwd"),
+    *("problem", "dtype", "head dim", "direction", "calls", "us", "GFLOP/s", "% of peak"),
+    *("fastest tenth", "fwd+bwd / fwd"),
 )
 
 
-def cells(rows: Sequence[Row], most: float) -> list[list[str]]:
-    """A line per row, of a machine that does `most` additions a second when it is idle."""
-    forward = {row.key: row for row in rows if row.direction == FORWARD}
+def cells(rows: Sequence[Row], probe: Probe) -> list[list[str]]:
+    """A line per row: medians of idle calls, but for the fastest tenth of them."""
+    forward = {row.problem: row for row in rows if row.direction == FORWARD}
     lines = []
     for row in rows:
-        calls = row.idle(most)
-        seconds = seconds_of(calls)
-        base = forward.get(row.key) if row.direction == FORWARD_BACKWARD else None
-        forward_seconds = seconds_of(base.idle(most)) if base else None
+        problem, seconds = row.problem, sorted(row.seconds(probe))
+        name = (problem.case.name, problem.dtype, str(problem.head_dim), row.direction)
+        if not seconds:
+            lines.append([*name, "0", *("-" for _ in HEADER[5:])])
+            continue
+        usual, fast = statistics.median(seconds), seconds[len(seconds) // 10]
+        peak = statistics.median(call.peak for call in row.idle(probe))
+        base = forward[problem].seconds(probe) if problem in forward else []
+        is_ratio = base and row.direction == FORWARD_BACKWARD
         lines.append(
             [
-                *(row.case, row.dtype, str(row.head_dim), row.direction),
-                *(str(len(row.calls)), str(len(calls))),
-                cell(seconds, 0, 1e6),
-                cell(seconds and row.flops / seconds, 1, 1e-9),
-                cell(row.share_of_peak(calls), 1, 100),
-                cell(row.share_of_peak(row.calls), 1, 100),
-                cell(seconds and forward_seconds and seconds / forward_seconds, 2),
+                *(*name, str(len(seconds)), cell(usual, 0, 1e6), cell(row.flops / usual, 1, 1e-9)),
+                cell(row.flops / usual / peak, 1, 100),
+                cell(row.flops / fast / peak, 1, 100),
+                cell(usual / statistics.median(base) if is_ratio else None, 2),
             ]
         )
     return lines
