@@ -47,8 +47,11 @@ def machine(device: str) -> str:
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].split(":")[1].strip() if names else model
+        lines = (line.partition(":") for line in info.read_text().splitlines())
+        said = {name.strip(): value.strip() for name, _, value in lines}
+        model = said.get("model name", model)
+        if "cpu family" in said:  # names of virtual CPUs may leave out which one it is
+            model += f" family {said['cpu family']} model {said['model']}"
     if device != "cpu":
         major, minor = torch.cuda.get_device_capability(device)
         name = torch.cuda.get_device_name(device)
