@@ -9,6 +9,7 @@ and memory, goes unnoticed, so that figures may be too low.
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -108,8 +109,10 @@ def measure(
         runs = {FORWARD: ours.forward(), FORWARD_BACKWARD: ours.forward_backward()}
         rows += [(Row(problem, direction), runs[direction]) for direction in directions]
     end = time.perf_counter() + seconds
+    order = random.Random(0)
     while time.perf_counter() < end:
-        for row, run in rows:
+        # Else others who work once a second, say, may always meet the same rows.
+        for row, run in order.sample(rows, len(rows)):
             row.take_turn(run, probe)
     return [row for row, _ in rows]
 
