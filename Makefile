@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+# Tests in as many processes as there are CPUs, but, for their memory's sake, 4 at most; PYTEST_ARGS=-n0 is one.
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 # Torch without CUDA, which is 200 MB instead of several GB; where it is out of reach, PyPI's.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -13,7 +15,7 @@ CPP := $(shell find bench include src tests -name '*.[ch]pp')
 .PHONY: test demo bench lint format sanitize races aarch64 emulation emulation-sanitize emulation-races faults clean
 
 test: $(VENV)/natten $(VENV)/test emulation
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 demo: $(VENV)/natten $(VENV)/demo
 	$(BIN)/python examples/denoise.py
@@ -37,7 +39,7 @@ format: $(VENV)/lint
 sanitize: build/sanitized/natten/.stamp $(VENV)/test
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitized \
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 # All kernels under ThreadSanitizer, which cannot be preloaded into Python: by a program of their own.
 races: $(VENV)/build

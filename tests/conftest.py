@@ -20,6 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cpu: runs on the CPU, whatever --device says")
+    config.addinivalue_line("markers", "slow: takes half a minute and more")
     try:
         policies.use_device(config.getoption("--device"))
     except ValueError as error:
@@ -28,6 +29,11 @@ def pytest_configure(config: pytest.Config) -> None:
         for category in ("UserWarning", "DeprecationWarning", "FutureWarning"):
             # Torch's compiler has advice for GPUs, on TF32 and the number of multiprocessors, say.
             config.addinivalue_line("filterwarnings", f"ignore::{category}:torch")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests come first, so that no process still runs one when the others have ended."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)

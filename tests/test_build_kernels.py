@@ -71,6 +71,7 @@ assert sys.argv[1] in natten.info.report()
 """
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_example(tmp_path):
     """The documented command; the library's kernels take what would be padded more, where they are compiled for."""
@@ -90,6 +91,7 @@ def test_example(tmp_path):
     ]
 
 
+@pytest.mark.slow
 @needs_emulation
 def test_example_on_the_cpu(tmp_path):
     """Its kernels are right: head dim 96 is no power of two."""
@@ -102,6 +104,7 @@ def test_example_on_the_cpu(tmp_path):
     assert done.count("6 of 6 problems agree") == 2, done
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_sample_of_each_policy(tmp_path):
     """Rows of the package for head dim 64 compile, without spills: all forward, one backward."""
