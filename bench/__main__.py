@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -16,73 +18,6 @@ from bench import gpu, idle, measure, memory, overhead, report, unfused
 from bench.cases import CASES, GPU_CASES
 from bench.measure import FORWARD, FORWARD_BACKWARD, QUICK, Effort, Row
 from bench.methods import DTYPES, Problem, methods_on
-
-
-def parse_arguments(line: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench",
-        description="Measures neighborhood attention against the machine's peak and against the exact "
-        "alternatives in torch, all in turns in one process. FLOPs count attended pairs only. On a GPU also against "
-        "dense attention, and with every policy that can run there.",
-    )
-    parser.add_argument(
-        "what",
-        nargs="?",
-        choices=("problems", "idle", "unfused", "overhead", "memory"),
-        default="problems",
-        help="the named problems (default), our kernels alone in moments when the machine is idle, the unfused ops one by "
-        "one, the cost of a call and of the import, or the memory of a call above its inputs and outputs",
-    )
-    names = [case.name for case in (*CASES, *GPU_CASES)]
-    parser.add_argument(
-        "--case", nargs="+", choices=names, help="by default, those for the kind of device"
-    )
-    parser.add_argument(
-        "--dtype", nargs="+", choices=DTYPES, help="by default fp32 and bf16; tf32 too on a GPU"
-    )
-    parser.add_argument("--head-dim", nargs="+", type=int, help="by default 64, and 128 on a GPU")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cpu", help="cpu (default), or cuda for the problems")
-    parser.add_argument("--forward-only", action="store_true")
-    parser.add_argument(
-        "--no-flex", action="store_true", help="saves its compilation, 10 s a problem"
-    )
-    parser.add_argument("--no-alternatives", action="store_true")
-    parser.add_argument("--quick", action="store_true", help="few repetitions")
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=120.0,
-        help="of idle: how long to wait for idle moments, altogether (default: %(default)s)",
-    )
-    parser.add_argument("--load", type=Path, help="show a saved report instead of measuring")
-    parser.add_argument("--markdown", action="store_true", help="print the table as markdown")
-    parser.add_argument(
-        "--into",
-        type=Path,
-        help="put the table between the marks <!-- benchmark WHAT --> of this page",
-    )
-    parser.add_argument("--json", type=Path, help="save the report")
-    parser.add_argument("--plot", type=Path, help="save a plot of the shares of peak")
-    parser.add_argument("--compare", type=Path, help="exit with 1 if ratios fell since this report")
-    parser.add_argument("--threshold", type=float, default=0.1, help="of --compare, a fraction")
-    arguments = parser.parse_args(line)
-    on_cpu = arguments.device == "cpu"
-    if not on_cpu and arguments.what != "problems":
-        parser.error(f"{arguments.what} is measured on the CPU only")
-    if not on_cpu and not arguments.load and not torch.cuda.is_available():
-        parser.error(f"--device {arguments.device}: torch {torch.__version__} finds no GPU")
-    arguments.case = arguments.case or [case.name for case in (CASES if on_cpu else GPU_CASES)]
-    arguments.dtype = arguments.dtype or (["fp32", "bf16"] if on_cpu else ["bf16", "tf32", "fp32"])
-    arguments.head_dim = arguments.head_dim or [64 if on_cpu else 128]
-    if on_cpu and "tf32" in arguments.dtype:
-        parser.error("--dtype tf32 is for GPUs")
-    if arguments.into and not report.has_marks(arguments.into, arguments.what):
-        begin, end = report.marks(arguments.what)
-        parser.error(
-            f"--into {arguments.into}: the page must have one {begin} and one {end}; put them where the table belongs"
-        )
-    return arguments
 
 
 def problems(arguments: argparse.Namespace) -> list[Problem]:
@@ -169,6 +104,8 @@ def run_idle(arguments: argparse.Namespace) -> int:
     probe = idle.Probe(arguments.threads)
     rows = idle.measure(problems(arguments), directions(arguments), probe, arguments.seconds)
     show(arguments, report.machine("cpu"), idle.HEADER, idle.cells(rows, probe))
+    for line in idle.missing(rows, probe):
+        print(line, file=sys.stderr)
     return 0
 
 
@@ -202,17 +139,142 @@ def run_overhead(arguments: argparse.Namespace) -> int:
     return 0
 
 
+class Measurement(NamedTuple):
+    """What can be measured.
+
+    Attributes:
+        run: Measures it, shows it, and returns the exit status.
+        options: Those it heeds, besides COMMON.
+        help: What it is.
+    """
+
+    run: Callable[[argparse.Namespace], int]
+    options: frozenset[str]
+    help: str
+
+
+COMMON = frozenset({"what", "threads", "markdown", "into"})
+OF_PROBLEMS = frozenset({"case", "dtype", "head_dim"})
+MEASUREMENTS = {
+    "problems": Measurement(
+        run_problems,
+        OF_PROBLEMS
+        | {"device", "forward_only", "no_flex", "no_alternatives", "quick"}
+        | {"load", "json", "plot", "compare", "threshold"},
+        "the named problems (default)",
+    ),
+    "idle": Measurement(
+        run_idle,
+        OF_PROBLEMS | {"forward_only", "seconds"},
+        "our kernels alone in moments when the machine is idle",
+    ),
+    "unfused": Measurement(
+        run_unfused, OF_PROBLEMS | {"no_alternatives", "quick"}, "the unfused ops one by one"
+    ),
+    "overhead": Measurement(run_overhead, frozenset(), "the cost of a call and of the import"),
+    "memory": Measurement(
+        run_memory,
+        OF_PROBLEMS | {"forward_only"},
+        "the memory of a call above its inputs and outputs",
+    ),
+}
+
+
+def positive_int(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        msg = f"{text}; wanted a whole number from 1 on"
+        raise argparse.ArgumentTypeError(msg)
+    return number
+
+
+def positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        msg = f"{text}; wanted a number above 0"
+        raise argparse.ArgumentTypeError(msg)
+    return number
+
+
+def option_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def parse_arguments(line: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Measures neighborhood attention against the machine's peak and against the exact "
+        "alternatives in torch, all in turns in one process. FLOPs count attended pairs only. On a GPU also against "
+        "dense attention, and with every policy that can run there.",
+    )
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=MEASUREMENTS,
+        default="problems",
+        help="; ".join(f"{name}: {what.help}" for name, what in MEASUREMENTS.items()),
+    )
+    names = [case.name for case in (*CASES, *GPU_CASES)]
+    parser.add_argument(
+        "--case", nargs="+", choices=names, help="by default, those for the kind of device"
+    )
+    parser.add_argument(
+        "--dtype", nargs="+", choices=DTYPES, help="by default fp32 and bf16; tf32 too on a GPU"
+    )
+    parser.add_argument(
+        "--head-dim", nargs="+", type=positive_int, help="by default 64, and 128 on a GPU"
+    )
+    parser.add_argument("--threads", type=positive_int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu", help="cpu (default), or cuda for the problems")
+    parser.add_argument("--forward-only", action="store_true")
+    parser.add_argument(
+        "--no-flex", action="store_true", help="saves its compilation, 10 s a problem"
+    )
+    parser.add_argument("--no-alternatives", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="few repetitions")
+    parser.add_argument(
+        "--seconds",
+        type=positive,
+        default=120.0,
+        help="of idle: how long to wait for idle moments, altogether (default: %(default)s)",
+    )
+    parser.add_argument("--load", type=Path, help="show a saved report instead of measuring")
+    parser.add_argument("--markdown", action="store_true", help="print the table as markdown")
+    parser.add_argument(
+        "--into",
+        type=Path,
+        help="put the table between the marks <!-- benchmark WHAT --> of this page",
+    )
+    parser.add_argument("--json", type=Path, help="save the report")
+    parser.add_argument("--plot", type=Path, help="save a plot of the shares of peak")
+    parser.add_argument("--compare", type=Path, help="exit with 1 if ratios fell since this report")
+    parser.add_argument("--threshold", type=float, default=0.1, help="of --compare, a fraction")
+    arguments = parser.parse_args(line)
+    heeded = COMMON | MEASUREMENTS[arguments.what].options
+    for name, value in vars(arguments).items():
+        if name not in heeded and value != parser.get_default(name):
+            takes = ", ".join(option_of(each) for each in sorted(heeded - {"what"}))
+            parser.error(f"{option_of(name)} is not for {arguments.what}, which takes {takes}")
+    on_cpu = arguments.device == "cpu"
+    if not on_cpu and not arguments.load and not torch.cuda.is_available():
+        parser.error(f"--device {arguments.device}: torch {torch.__version__} finds no GPU")
+    arguments.case = arguments.case or [case.name for case in (CASES if on_cpu else GPU_CASES)]
+    arguments.dtype = arguments.dtype or (["fp32", "bf16"] if on_cpu else ["bf16", "tf32", "fp32"])
+    arguments.head_dim = arguments.head_dim or [64 if on_cpu else 128]
+    if on_cpu and "tf32" in arguments.dtype:
+        parser.error("--dtype tf32 is for GPUs")
+    if arguments.into and not report.has_marks(arguments.into, arguments.what):
+        begin, end = report.marks(arguments.what)
+        parser.error(
+            f"--into {arguments.into}: the page must have one {begin} and one {end}; put them where the table belongs"
+        )
+    return arguments
+
+
 def main() -> int:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
-    runners = {
-        "problems": run_problems,
-        "idle": run_idle,
-        "unfused": run_unfused,
-        "memory": run_memory,
-        "overhead": run_overhead,
-    }
-    return runners[arguments.what](arguments)
+    return MEASUREMENTS[arguments.what].run(arguments)
 
 
 if __name__ == "__main__":

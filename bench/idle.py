@@ -15,12 +15,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from bench.measure import FORWARD, FORWARD_BACKWARD, settle_malloc, wall_clock
+from tqdm import tqdm
+
+from bench.measure import FORWARD, FORWARD_BACKWARD, runner, settle_malloc, wall_clock
 from bench.methods import OURS, Problem, build
 from bench.peak import integer_additions, peak_flops
 from bench.report import cell
 
-# Of the most additions a second that any probe found; beside others, a core has been seen to do 40 to 85 %.
+# Of the most additions a second that any probe found. Beside another hardware thread, a core of a Zen 4 did 40 to 85 % of them,
+# by hand.
 IDLE = 0.95
 # Of a turn: each problem and direction gets one after the other, and waits in it for the machine to be idle.
 TURN_SECONDS = 0.05
@@ -106,14 +109,16 @@ def measure(
     rows = []
     for problem in problems:
         ours = build(OURS, problem)
-        runs = {FORWARD: ours.forward(), FORWARD_BACKWARD: ours.forward_backward()}
-        rows += [(Row(problem, direction), runs[direction]) for direction in directions]
-    end = time.perf_counter() + seconds
+        rows += [(Row(problem, direction), runner(ours, direction)) for direction in directions]
     order = random.Random(0)
-    while time.perf_counter() < end:
-        # Else others who work once a second, say, may always meet the same rows.
-        for row, run in order.sample(rows, len(rows)):
-            row.take_turn(run, probe)
+    begin = now = time.perf_counter()
+    with tqdm(total=round(seconds), unit="s", leave=False) as bar:
+        while now < begin + seconds:
+            # Else others who work once a second, say, may always meet the same rows.
+            for row, run in order.sample(rows, len(rows)):
+                row.take_turn(run, probe)
+            now = time.perf_counter()
+            bar.update(min(int(now - begin), bar.total) - bar.n)
     return [row for row, _ in rows]
 
 
@@ -146,3 +151,13 @@ def cells(rows: Sequence[Row], probe: Probe) -> list[list[str]]:
             ]
         )
     return lines
+
+
+def missing(rows: Sequence[Row], probe: Probe) -> list[str]:
+    """What has no figures, and what to do."""
+    return [
+        f"{row.problem.case.name} {row.problem.dtype} {row.direction}: no idle moment was long enough; "
+        "wait for more of them (--seconds), on fewer threads (--threads)"
+        for row in rows
+        if not row.idle(probe)
+    ]

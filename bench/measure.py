@@ -194,7 +194,7 @@ def measure(
             try:
                 attention = build(method, problem, backward=direction == FORWARD_BACKWARD)
                 check(problem, expected, method, attention.heads_last(attention.forward()()))
-                turns[method, direction] = Turns(_runner(attention, direction), clock)
+                turns[method, direction] = Turns(runner(attention, direction), clock)
             except UnavailableError as reason:
                 row.missing[method] = str(reason)
             except torch.OutOfMemoryError:
@@ -213,5 +213,6 @@ def measure(
     return list(rows.values())
 
 
-def _runner(attention: Attention, direction: str) -> Callable[[], object]:
+def runner(attention: Attention, direction: str) -> Callable[[], object]:
+    """A call in one direction."""
     return attention.forward() if direction == FORWARD else attention.forward_backward()

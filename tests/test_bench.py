@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from bench import report, unfused
-from bench.__main__ import parse_arguments
+from bench.__main__ import COMMON, MEASUREMENTS, parse_arguments
 from bench.cases import CASES, GPU_CASES, Case
 from bench.measure import FORWARD, FORWARD_BACKWARD, Effort, Row, measure
 from bench.methods import OURS, Problem, build, check
@@ -170,6 +171,38 @@ def test_page_without_a_place_for_the_table(
             capsys.readouterr().err
         )
     assert parse_arguments(["problems", "--into", str(page)]).into == page
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("idle --quick", "--quick is not for idle, which takes --case, .*--seconds, --threads"),
+        ("idle --json report.json", "--json is not for idle"),
+        ("unfused --forward-only", "--forward-only is not for unfused"),
+        ("memory --device cuda", "--device is not for memory"),
+        ("overhead --case 2d-56-k7", "--case is not for overhead"),
+        ("--seconds 5", "--seconds is not for problems"),
+        ("idle --seconds 0", "--seconds: 0; wanted a number above 0"),
+        ("idle --seconds nan", "--seconds: nan; wanted a number above 0"),
+        ("--threads 0", "--threads: 0; wanted a whole number from 1 on"),
+        ("--head-dim 64 -8", "--head-dim: -8; wanted a whole number from 1 on"),
+        ("--threads two", "--threads: invalid positive_int value: 'two'"),
+    ],
+)
+def test_options_that_would_be_ignored(
+    line: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(line.split())
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_options_of_each_measurement() -> None:
+    known = {name for name in vars(parse_arguments([])) if name != "what"}
+    assert set().union(*(what.options for what in MEASUREMENTS.values())) | COMMON == known | {
+        "what"
+    }
+    assert parse_arguments(["idle", "--seconds", "0.5", "--forward-only"]).seconds == 0.5
 
 
 def test_unfused_methods_compute_the_same() -> None:

@@ -51,7 +51,7 @@ def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for line, said in (
         (["--device", "cuda"], "--device cuda: torch .* finds no GPU"),
-        (["memory", "--device", "cuda"], "memory is measured on the CPU only"),
+        (["memory", "--device", "cuda"], "--device is not for memory, which takes --case, "),
         (["--dtype", "tf32"], "--dtype tf32 is for GPUs"),
     ):
         with pytest.raises(SystemExit):

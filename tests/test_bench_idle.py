@@ -100,6 +100,8 @@ def test_medians_are_of_idle_calls() -> None:
     forward = Row(problem, FORWARD, [*busy, *calls([4 * at] * 15), *calls([2 * at] * 3)])
     backward = Row(problem, FORWARD_BACKWARD, [*busy, *calls([7 * at, 14 * at, 21 * at])])
     never = Row(Problem(problem.case, "bf16", 8), FORWARD, busy)
+    (line,) = idle.missing([forward, backward, never], probe)
+    assert line.startswith("case bf16 forward: no idle moment was long enough; wait for more")
     header = {name: n for n, name in enumerate(idle.HEADER)}
     lines = idle.cells([forward, backward, never], probe)
     assert all(len(line) == len(header) for line in lines)
