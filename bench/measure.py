@@ -83,7 +83,7 @@ class Row:
     def share_of(self, method: str) -> float | None:
         """A method's useful FLOPs a second in those the machine can do."""
         at_peak = [self.flops / peak for peak in self.peaks]
-        return _ratio(at_peak, self.bursts[method]) if method in self.bursts else None
+        return ratio(at_peak, self.bursts[method]) if method in self.bursts else None
 
     @property
     def times_best(self) -> float | None:
@@ -99,10 +99,10 @@ class Row:
 
     def in_times_of(self, other: Row) -> float | None:
         """How many times longer than another row, measured in the same rounds."""
-        return _ratio(self.bursts[OURS], other.bursts[OURS])
+        return ratio(self.bursts[OURS], other.bursts[OURS])
 
     def _times(self, method: str) -> float | None:
-        return _ratio(self.bursts[method], self.bursts[OURS])
+        return ratio(self.bursts[method], self.bursts[OURS])
 
 
 def median(bursts: Sequence[float | None]) -> float:
@@ -110,7 +110,7 @@ def median(bursts: Sequence[float | None]) -> float:
     return statistics.median(burst for burst in bursts if burst is not None)
 
 
-def _ratio(of: Sequence[float | None], to: Sequence[float | None]) -> float | None:
+def ratio(of: Sequence[float | None], to: Sequence[float | None]) -> float | None:
     """The median over the rounds in which both were measured."""
     ratios = [a / b for a, b in zip(of, to, strict=True) if a is not None and b is not None]
     return statistics.median(ratios) if ratios else None

@@ -68,7 +68,8 @@ __attribute__((noinline)) float run_chains(float seed) {
 }
 
 // What a core does most of while nobody else uses it: unlike multiply-adds, additions of integers slow down as soon as another
-// hardware thread of the same core works (a virtual machine does not see those: 11.8 a ns alone, 4 to 11 beside others).
+// hardware thread of the same core works, which a virtual machine does not see (by hand, on a Zen 4: 11.8 a ns alone, 4 to 11
+// beside others).
 double additions_per_second() {
   constexpr int kCounters = 8;
   constexpr int kAdditionSteps = 1 << 16;  // some 40 us

@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.measure import FORWARD, FORWARD_BACKWARD, Effort, Turns, median, settle_malloc
+from bench.measure import FORWARD, FORWARD_BACKWARD, Effort, Turns, median, ratio, settle_malloc
 from bench.methods import DTYPES, OURS, Problem, UnavailableError, build, check, gatherer
 from bench.peak import peak_flops
 from bench.report import cell
@@ -65,9 +64,15 @@ class Row:
     head_dim: int
     op: str
     work: list[Work]
-    peak: float  # FLOP/s
-    bandwidth: float  # bytes/s
-    seconds: dict[str, float] = field(default_factory=dict)  # by method, medians
+    # By round: FLOP/s, bytes/s, and the median seconds of each method's turn; None where it took none.
+    peaks: list[float]
+    bandwidths: list[float | None]
+    bursts: dict[str, list[float | None]]
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By method."""
+        return {method: median(bursts) for method, bursts in self.bursts.items()}
 
     @property
     def flops(self) -> float:
@@ -78,13 +83,21 @@ class Row:
         return sum(part.moved for part in self.work)
 
     @property
-    def bound(self) -> float:
-        """Seconds that the machine needs at least: for each part, those of its arithmetic or of its memory."""
-        return sum(max(part.flops / self.peak, part.moved / self.bandwidth) for part in self.work)
+    def share_of_roofline(self) -> float | None:
+        """The seconds that the machine needs at least, in those that we take."""
+        bounds = [
+            self._bound(peak, bandwidth) if bandwidth else None
+            for peak, bandwidth in zip(self.peaks, self.bandwidths, strict=True)
+        ]
+        return ratio(bounds, self.bursts[OURS])
 
     def times(self, method: str) -> float | None:
         """How many times faster than another method."""
-        return self.seconds[method] / self.seconds[OURS] if method in self.seconds else None
+        return ratio(self.bursts[method], self.bursts[OURS]) if method in self.bursts else None
+
+    def _bound(self, peak: float, bandwidth: float) -> float:
+        """For each part, the seconds of its arithmetic or of its memory."""
+        return sum(max(part.flops / peak, part.moved / bandwidth) for part in self.work)
 
 
 @dataclass(frozen=True)
@@ -199,17 +212,12 @@ def measure(problem: Problem, effort: Effort, *, gathers: bool) -> list[Row]:
             turn.burst(effort)
         copies.burst(effort)
         peaks.append(peak_flops(problem.dtype, threads))
-    peak = statistics.median(peaks)
-    bandwidth = copied / median(copies.bursts)
+    bandwidths = [copied / burst if burst else None for burst in copies.bursts]
     return [
         Row(
             *(problem.case.name, problem.dtype, problem.head_dim, op),
-            *(work_of(op, problem), peak, bandwidth),
-            {
-                method: median(turns[method, op].bursts)
-                for method in METHODS
-                if (method, op) in turns
-            },
+            *(work_of(op, problem), peaks, bandwidths),
+            {method: turns[method, op].bursts for method in METHODS if (method, op) in turns},
         )
         for op in OPS
     ]
@@ -229,7 +237,7 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
             cell(row.seconds[OURS], 0, 1e6),
             cell(row.flops / row.seconds[OURS], 1, 1e-9),
             cell(row.moved / row.seconds[OURS], 1, 1e-9),
-            cell(row.bound / row.seconds[OURS], 1, 100),
+            cell(row.share_of_roofline, 1, 100),
             cell(row.seconds.get(GATHER), 0, 1e6),
             cell(row.times(GATHER), 1),
             cell(row.seconds.get(FUSED), 0, 1e6),

@@ -232,7 +232,14 @@ def test_unfused_ops_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_roofline_is_the_slower_of_arithmetic_and_memory() -> None:
+    """Shares and ratios are medians of those of a round."""
     work = [unfused.Work(flops=4e9, moved=1e9), unfused.Work(flops=0, moved=3e9)]
-    row = unfused.Row("case", "fp32", 64, "op", work, peak=1e9, bandwidth=1e9, seconds={OURS: 14.0})
-    assert row.bound == pytest.approx(4 + 3)
-    assert row.bound / row.seconds[OURS] == pytest.approx(0.5)
+    bursts: dict[str, list[float | None]] = {
+        OURS: [14.0, 28.0, 56.0],
+        "gather": [28.0, 112.0, None],
+    }
+    row = unfused.Row("case", "fp32", 64, "op", work, [1e9, 0.5e9, 2e9], [1e9, 0.5e9, None], bursts)
+    assert row.seconds == {OURS: 28.0, "gather": 70.0}
+    assert row.share_of_roofline == pytest.approx((4 + 3) / 14)
+    assert row.times("gather") == pytest.approx((2 + 4) / 2)
+    assert row.times("fused") is None
