@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import natten
+from natten import _C
+from natten.functional import na2d_av
 
 pytestmark = pytest.mark.cpu  # of the streams of the CPU's kernels
 
@@ -74,9 +76,58 @@ def test_as_naive(name, dtype, threads):
     expected = run("naive")
     torch.set_num_threads(threads)
     actual = run("fna")
+    _assert_close(actual, expected, dtype)
+
+
+def _assert_close(actual, expected, dtype):
     # Weights and their gradients are rounded to bfloat16 where the kernel multiplies in it.
-    tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+    tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
     for what, value in expected.items():
         scale = value.detach().abs().max().item()
         error = (actual[what].float() - value.float()).abs().max().item()
         assert error <= tolerance * scale, f"{what}: off by {error:.3g} of {scale:.3g}"
+
+
+# Of results that bypass the caches: more than a megabyte a thread. Two threads with one head take the backward in two passes.
+ALL_ISAS = pytest.mark.parametrize("isa", _C.cpu_isas())
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+THREADS = pytest.mark.parametrize("threads", [1, 2])
+GRID = (80, 60)
+
+
+@THREADS
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_value"),
+    [(256, 288), pytest.param(264, 256, id="264-256: rows of keys that are not whole lines")],
+)
+@DTYPES
+@ALL_ISAS
+def test_results_that_bypass_the_caches(isa, dtype, head_dim, head_dim_value, threads):
+    torch.set_num_threads(threads)
+    dims = (head_dim, head_dim, head_dim_value)
+    inputs = [torch.randn(1, *GRID, 1, dim).to(dtype).requires_grad_() for dim in dims]
+    cotangent = torch.randn(1, *GRID, 1, head_dim_value).to(dtype)
+
+    def run(backend):
+        output = natten.na2d(*inputs, kernel_size=3, dilation=(1, 2), backend=backend)
+        gradients = torch.autograd.grad(output, inputs, cotangent)
+        return dict(zip(["output", "query", "key", "value"], [output, *gradients], strict=True))
+
+    _assert_close(run(f"fna:{isa}"), run("naive"), dtype)
+
+
+@THREADS
+@pytest.mark.parametrize("head_dim", [256, 264])
+@DTYPES
+@ALL_ISAS
+def test_unfused_results_that_bypass_the_caches(isa, dtype, head_dim, threads):
+    torch.set_num_threads(threads)
+    weights = torch.rand(1, 1, *GRID, 9).to(dtype)
+    value, cotangent = (torch.randn(1, 1, *GRID, head_dim).to(dtype) for _ in range(2))
+    value.requires_grad_()
+
+    def run(backend):
+        output = na2d_av(weights, value, kernel_size=3, backend=backend)
+        return {"output": output, "value": torch.autograd.grad(output, value, cotangent)[0]}
+
+    _assert_close(run(f"gemm:{isa}"), run("naive"), dtype)

@@ -14,6 +14,7 @@ class FetchAhead {
   // Tokens of `dim` elements. Those that may be written are fetched to be owned.
   template <class T>
   void add(GroupView<T> const& view, Interval const (&box)[kMaxRank], int dim) {
+    if (view.bypasses_caches) return;
     if (box[0].empty() || box[1].empty() || box[2].empty() || dim == 0) return;
     Tokens& tokens = queue_[end_++];
     for (int a = 0; a < kMaxRank; ++a) {
@@ -35,7 +36,6 @@ class FetchAhead {
 
  private:
   static constexpr int kLines = 16;
-  static constexpr int kLineBytes = 64;
 
   struct Tokens {
     char const* origin;

@@ -37,8 +37,7 @@ class Forward {
     load_lanes<Math>(query, c.tile, problem_.head_dim, lanes_ + c.index * lanes_step());
     if (c.index > 0) return;
     c.fetch.add(query, c.next, problem_.head_dim);
-    auto const output = query_view<Storage>(problem_, arguments.output, c.item.groups, c.item.batch, c.head);
-    c.fetch_own(output, problem_.head_dim_value);
+    c.fetch_own(output_of(c), problem_.head_dim_value);
   }
 
   void attend(TileContext const& c, KeyStream<Math> const& stream, Tile const& tile, Bias const& bias,
@@ -75,15 +74,19 @@ class Forward {
     Vec const sum = load_vec(state + kLanes);
     Vec const inverse = sum == 0.0f ? Vec{} : 1.0f / sum;
     Vec const lse = sum == 0.0f ? broadcast(-kInfinity) : (base + log2(sum)) * kLn2;
-    auto const output = query_view<Storage>(problem_, arguments.output, c.item.groups, c.item.batch, c.head);
     auto const lse_view = query_view<float>(problem_, arguments.lse, c.item.groups, c.item.batch, c.head);
-    store_lanes(output, c.tile, problem_.head_dim_value, state + 2 * kLanes, row_, [&](int l) { return inverse[l]; });
+    store_lanes(output_of(c), c.tile, problem_.head_dim_value, state + 2 * kLanes, row_,
+                [&](int l) { return inverse[l]; });
     for (int l = 0; l < kLanes; ++l) {
       if (c.tile.has(l)) *lse_view.at(c.tile.position[0][l], c.tile.position[1][l], c.tile.position[2][l]) = lse[l];
     }
   }
 
  private:
+  GroupView<Storage> output_of(TileContext const& c) const {
+    return query_result<Storage>(arguments, arguments.output, c.item.groups, c.item.batch, c.head,
+                                 problem_.head_dim_value);
+  }
   std::int64_t lanes_step() const { return round_up(problem_.head_dim, kLanes); }
   static int max_tokens(KeyStream<Math> const& stream, int chunk_bytes = kChunkBytes) {
     return chunk_tokens(sizeof(Vec) + 4 * stream.value.sum.words, chunk_bytes);

@@ -31,8 +31,7 @@ class Av {
 
   void load(TileContext const& c) {
     rows_.point_to(arguments.problem, weights_tensor_, c);
-    auto const output = query_view<Storage>(arguments.problem, arguments.query, c.item.groups, c.item.batch, c.head);
-    c.fetch_own(output, arguments.problem.head_dim);
+    c.fetch_own(output_of(c), arguments.problem.head_dim);
   }
 
   void attend(TileContext const& c, KeyStream<Math> const& stream, Tile const& tile, Bias const&, float* state) const {
@@ -50,11 +49,15 @@ class Av {
   }
 
   void finish(TileContext const& c, float* state) const {
-    auto const output = query_view<Storage>(arguments.problem, arguments.query, c.item.groups, c.item.batch, c.head);
-    store_lanes(output, c.tile, arguments.problem.head_dim, state, row_, [](int) { return 1.0f; });
+    store_lanes(output_of(c), c.tile, arguments.problem.head_dim, state, row_, [](int) { return 1.0f; });
   }
 
  private:
+  GroupView<Storage> output_of(TileContext const& c) const {
+    return query_result<Storage>(arguments, arguments.query, c.item.groups, c.item.batch, c.head,
+                                 arguments.problem.head_dim);
+  }
+
   TensorRef weights_tensor_;
   int row_;  // floats of a lane's sum
   Vec* weights_ = nullptr;  // [token][lane]

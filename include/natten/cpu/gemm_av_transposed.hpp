@@ -178,12 +178,9 @@ class AvTransposed {
   }
 
   void finish(Schedule::Item const& item, Tile const& tile, float const* state) const {
-    auto const key = key_view<Storage>(problem_, arguments_.key, item.groups, item.batch, item.head_kv);
-    for (int l = 0; l < kLanes; ++l) {
-      if (!tile.has(l)) continue;
-      store_row(key.at(tile.position[0][l], tile.position[1][l], tile.position[2][l]), state + l * row_, 1.0f,
-                problem_.head_dim);
-    }
+    auto const key =
+        key_result<Storage>(arguments_, arguments_.key, item.groups, item.batch, item.head_kv, problem_.head_dim);
+    store_lanes(key, tile, problem_.head_dim, state, row_, [](int) { return 1.0f; });
   }
 
   UnfusedArguments const& arguments_;

@@ -114,6 +114,20 @@ class GradKeyValue {
                                          : additional_view<T>(additional, item.batch, item.head_kv);
   }
 
+  // The same of the gradients.
+  GroupView<Storage> result_view(TensorRef const& window, TensorRef const& additional, Schedule::Item const& item,
+                                 int dim) const {
+    return source_ == KeySource::kWindow
+               ? key_result<Storage>(arguments_, window, item.groups, item.batch, item.head_kv, dim)
+               : additional_view<Storage>(additional, item.batch, item.head_kv);
+  }
+  GroupView<Storage> d_key_of(Schedule::Item const& item) const {
+    return result_view(arguments_.d_key, arguments_.d_additional_keys, item, problem_.head_dim);
+  }
+  GroupView<Storage> d_value_of(Schedule::Item const& item) const {
+    return result_view(arguments_.d_value, arguments_.d_additional_values, item, problem_.head_dim_value);
+  }
+
   bool is_one_item() const { return schedule_.blocks_per_group() == 1; }
 
   TokenSums sums_of(Schedule::Item const& item, Walk const& walk) const {
@@ -159,8 +173,8 @@ class GradKeyValue {
 
   void store_sums(Schedule::Item const& item, TokenSums sums, Interval slices) const {
     for (int h = 0; h < problem_.group_size(); ++h, sums.data += sums.floats()) {
-      auto const d_query = query_view<Storage>(problem_, arguments_.d_query, item.groups, item.batch,
-                                               item.head_kv * problem_.group_size() + h);
+      auto const d_query = query_result<Storage>(arguments_, arguments_.d_query, item.groups, item.batch,
+                                                 item.head_kv * problem_.group_size() + h, problem_.head_dim);
       sums.store(d_query, slices, problem_.head_dim, static_cast<float>(problem_.scale));
     }
   }
@@ -302,9 +316,8 @@ class GradKeyValue {
     FetchAhead fetch;
     fetch.add(key, next, problem_.head_dim);
     fetch.add(value, next, problem_.head_dim_value);
-    fetch.add(tile_view<Storage>(arguments_.d_key, arguments_.d_additional_keys, item), tile.box, problem_.head_dim);
-    fetch.add(tile_view<Storage>(arguments_.d_value, arguments_.d_additional_values, item), tile.box,
-              problem_.head_dim_value);
+    fetch.add(d_key_of(item), tile.box, problem_.head_dim);
+    fetch.add(d_value_of(item), tile.box, problem_.head_dim_value);
     fetch.all();
     return as_rows && load_lane_rows<Math>(key, tile, problem_.head_dim, key_rows(memory));
   }
@@ -389,10 +402,10 @@ class GradKeyValue {
   }
 
   void finish(Schedule::Item const& item, Tile const& tile, float const* state) const {
-    auto const d_key = tile_view<Storage>(arguments_.d_key, arguments_.d_additional_keys, item);
-    auto const d_value = tile_view<Storage>(arguments_.d_value, arguments_.d_additional_values, item);
-    store_lanes(d_key, tile, problem_.head_dim, state, row_k_, [&](int) { return static_cast<float>(problem_.scale); });
-    store_lanes(d_value, tile, problem_.head_dim_value, state + kLanes * row_k_, row_v_, [](int) { return 1.0f; });
+    store_lanes(d_key_of(item), tile, problem_.head_dim, state, row_k_,
+                [&](int) { return static_cast<float>(problem_.scale); });
+    store_lanes(d_value_of(item), tile, problem_.head_dim_value, state + kLanes * row_k_, row_v_,
+                [](int) { return 1.0f; });
   }
 
   BackwardArguments const& arguments_;

@@ -92,7 +92,7 @@ class GradQuery {
       c.fetch.add(query, c.next, problem_.head_dim);
       c.fetch.add(d_output, c.next, problem_.head_dim_value);
       c.fetch.add(view(arguments.output), c.next, problem_.head_dim_value);
-      c.fetch_own(query_view<Storage>(problem_, arguments.d_query, groups, c.item.batch, c.head), problem_.head_dim);
+      c.fetch_own(d_query_of(c), problem_.head_dim);
     }
     Vec& lse2 = lse2_[c.index];
     Vec& delta = delta_[c.index];
@@ -147,8 +147,7 @@ class GradQuery {
   }
 
   void finish(TileContext const& c, float* state) const {
-    auto const d_query = query_view<Storage>(problem_, arguments.d_query, c.item.groups, c.item.batch, c.head);
-    store_lanes(d_query, c.tile, problem_.head_dim, state, row_k_,
+    store_lanes(d_query_of(c), c.tile, problem_.head_dim, state, row_k_,
                 [&](int) { return static_cast<float>(problem_.scale); });
   }
 
@@ -220,12 +219,17 @@ class GradQuery {
         [&](Interval slices) { store_keys(item, slices); });
   }
 
+  GroupView<Storage> d_query_of(TileContext const& c) const {
+    return query_result<Storage>(arguments, arguments.d_query, c.item.groups, c.item.batch, c.head, problem_.head_dim);
+  }
+
   void store_keys(Schedule::Item const& item, Interval slices) const {
-    auto const view = [&](TensorRef const& tensor) {
-      return key_view<Storage>(problem_, tensor, item.groups, item.batch, item.head_kv);
+    auto const view = [&](TensorRef const& tensor, int dim) {
+      return key_result<Storage>(arguments, tensor, item.groups, item.batch, item.head_kv, dim);
     };
-    d_key_.store(view(arguments.d_key), slices, problem_.head_dim, static_cast<float>(problem_.scale));
-    d_value_.store(view(arguments.d_value), slices, problem_.head_dim_value, 1.0f);
+    int const dim = problem_.head_dim, dim_value = problem_.head_dim_value;
+    d_key_.store(view(arguments.d_key, dim), slices, dim, static_cast<float>(problem_.scale));
+    d_value_.store(view(arguments.d_value, dim_value), slices, dim_value, 1.0f);
   }
 
   Problem const& problem_;

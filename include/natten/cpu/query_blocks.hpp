@@ -37,6 +37,25 @@ GroupView<T> key_view(Problem const& problem, TensorRef const& tensor, Group con
   return GroupView<T>(tensor, groups, origin, batch, head_kv);
 }
 
+// The same of tensors that a call computes, of `dim` elements a token.
+template <class T, class Arguments>
+GroupView<T> query_result(Arguments const& arguments, TensorRef const& tensor, Group const (&groups)[kMaxRank],
+                          std::int64_t batch, int head, int dim) {
+  Problem const& problem = arguments.problem;
+  std::int64_t tokens = problem.batch * problem.heads;
+  for (Axis const& axis : problem.axes) tokens *= axis.query_extent;
+  return as_result(query_view<T>(problem, tensor, groups, batch, head), tokens, dim, arguments.num_threads);
+}
+
+template <class T, class Arguments>
+GroupView<T> key_result(Arguments const& arguments, TensorRef const& tensor, Group const (&groups)[kMaxRank],
+                        std::int64_t batch, int head_kv, int dim) {
+  Problem const& problem = arguments.problem;
+  std::int64_t tokens = problem.batch * problem.heads_kv;
+  for (Axis const& axis : problem.axes) tokens *= axis.key_extent;
+  return as_result(key_view<T>(problem, tensor, groups, batch, head_kv), tokens, dim, arguments.num_threads);
+}
+
 // Additional tokens are a line of their own: one group, on the last axis.
 template <class T>
 GroupView<T> additional_view(TensorRef const& tensor, std::int64_t batch, int head_kv) {

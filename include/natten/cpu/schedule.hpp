@@ -369,7 +369,7 @@ void for_each_item(std::int64_t count, int num_threads, Body const& body) {
         Context& c = *static_cast<Context*>(pointer);
         for (;;) {
           std::int64_t const i = __atomic_fetch_add(&c.next, 1, __ATOMIC_RELAXED);
-          if (i >= c.count) return;
+          if (i >= c.count) return finish_streams();
           (*c.body)(i);
         }
       },

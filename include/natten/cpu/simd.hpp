@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__) || defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -181,6 +181,42 @@ NATTEN_INLINE void store_row(Storage* to, float const* from, float factor, int d
   int c = 0;
   for (; c + kLanes <= dim; c += kLanes) store_vec(to + c, load_vec(from + c) * factor);
   if (c < dim) store_first(to + c, load_vec(from + c) * factor, dim - c);
+}
+
+// kLanes elements around the caches, to an aligned address: a line that is written whole is not read first, and takes no other's
+// place. Other threads may read it after finish_streams(). An ordinary store where the ISA has no other.
+template <class Storage>
+NATTEN_INLINE void stream_vec(Storage* p, Vec v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Storage) == 4) return _mm512_stream_ps(p, v);
+  __m256i halves;
+  store_vec(reinterpret_cast<Storage*>(&halves), v);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), halves);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(Storage) == 4) return _mm256_stream_ps(p, v);
+  __m128i halves;
+  store_vec(reinterpret_cast<Storage*>(&halves), v);
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), halves);
+#elif defined(__x86_64__)
+  if constexpr (sizeof(Storage) == 4) return _mm_stream_ps(p, v);
+  long long halves;
+  store_vec(reinterpret_cast<Storage*>(&halves), v);
+  _mm_stream_si64(reinterpret_cast<long long*>(p), halves);
+#else
+  store_vec(p, v);
+#endif
+}
+
+// A row of whole lines, as store_row.
+template <class Storage>
+NATTEN_INLINE void stream_row(Storage* to, float const* from, float factor, int dim) {
+  for (int c = 0; c < dim; c += kLanes) stream_vec(to + c, load_vec(from + c) * factor);
+}
+
+NATTEN_INLINE void finish_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
 }
 
 // Lane l is v[from[l]].

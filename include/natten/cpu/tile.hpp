@@ -296,10 +296,11 @@ NATTEN_INLINE void add_lane(Operand const& rows, int lane, Word const* weight, i
 template <class T, class Factor>
 void store_lanes(GroupView<T> const& to, Tile const& tile, int dim, float const* from, std::int64_t from_stride,
                  Factor const& factor) {
-  auto const at = [&](int l) { return to.at(tile.position[0][l], tile.position[1][l], tile.position[2][l]); };
+  auto const& at = tile.position;
   for (int l = 0; l < kLanes; ++l) {
-    if (l + kStoreAhead < kLanes && tile.has(l + kStoreAhead)) prefetch_token(at(l + kStoreAhead), dim);
-    if (tile.has(l)) store_row(at(l), from + l * from_stride, factor(l), dim);
+    int const ahead = l + kStoreAhead;
+    if (ahead < kLanes && tile.has(ahead)) prefetch_store(to, at[0][ahead], at[1][ahead], at[2][ahead], dim);
+    if (tile.has(l)) store_token(to, at[0][l], at[1][l], at[2][l], from + l * from_stride, factor(l), dim);
   }
 }
 

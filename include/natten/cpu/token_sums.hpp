@@ -32,8 +32,8 @@ struct TokenSums {
     for (int z = slices.begin; z < slices.end; ++z) {
       for (int y = box[1].begin; y < box[1].end; ++y) {
         for (int x = box[2].begin; x < box[2].end; ++x) {
-          if (x + kStoreAhead < box[2].end) prefetch_token(to.at(z, y, x + kStoreAhead), dim);
-          store_row(to.at(z, y, x), at(z, y, x), factor, dim);
+          if (x + kStoreAhead < box[2].end) prefetch_store(to, z, y, x + kStoreAhead, dim);
+          store_token(to, z, y, x, at(z, y, x), factor, dim);
         }
       }
     }

@@ -89,7 +89,7 @@ class WeightRows {
   // weights took twice as long as adding up what they weight.
   NATTEN_INLINE void prefetch_next(int lane, std::int64_t slot, int n) const {
     if (next_ == 0) return;
-    constexpr int kLine = 64 / static_cast<int>(sizeof(Storage));
+    constexpr int kLine = kLineBytes / static_cast<int>(sizeof(Storage));
     for (int i = 0; i < n; i += kLine) __builtin_prefetch(rows_[lane] + next_ + slot + i);
   }
 
@@ -108,6 +108,7 @@ inline ForwardArguments streaming_keys(UnfusedArguments const& a) {
   f.query = a.query;
   f.key = a.key;
   f.rpb = a.rpb;
+  f.num_threads = a.num_threads;
   return f;
 }
 
