@@ -183,8 +183,15 @@ NATTEN_INLINE void store_row(Storage* to, float const* from, float factor, int d
   if (c < dim) store_first(to + c, load_vec(from + c) * factor, dim - c);
 }
 
+// Whether there are stores around the caches; else they are ordinary ones.
+#if defined(__x86_64__)
+constexpr bool kCanStream = true;
+#else
+constexpr bool kCanStream = false;
+#endif
+
 // kLanes elements around the caches, to an aligned address: a line that is written whole is not read first, and takes no other's
-// place. Other threads may read it after finish_streams(). An ordinary store where the ISA has no other.
+// place. Other threads may read it after finish_streams().
 template <class Storage>
 NATTEN_INLINE void stream_vec(Storage* p, Vec v) {
 #if defined(__AVX512F__)

@@ -47,7 +47,7 @@ GroupView<T> as_result(GroupView<T> view, std::int64_t tokens, int dim, int num_
   for (std::int64_t const step : view.step) {
     whole_lines = whole_lines && step * static_cast<int>(sizeof(T)) % kLineBytes == 0;
   }
-  view.bypasses_caches = whole_lines && tokens * bytes > kCachedResultBytes * num_threads;
+  view.bypasses_caches = kCanStream && whole_lines && tokens * bytes > kCachedResultBytes * num_threads;
   return view;
 }
 
