@@ -181,15 +181,17 @@ MEASUREMENTS = {
 
 
 def positive_int(text: str) -> int:
-    number = int(text)
-    if number < 1:
+    if not text.isdecimal() or int(text) < 1:
         msg = f"{text}; wanted a whole number from 1 on"
         raise argparse.ArgumentTypeError(msg)
-    return number
+    return int(text)
 
 
 def positive(text: str) -> float:
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
     if not 0 < number < math.inf:
         msg = f"{text}; wanted a number above 0"
         raise argparse.ArgumentTypeError(msg)

@@ -186,7 +186,8 @@ def test_page_without_a_place_for_the_table(
         ("idle --seconds nan", "--seconds: nan; wanted a number above 0"),
         ("--threads 0", "--threads: 0; wanted a whole number from 1 on"),
         ("--head-dim 64 -8", "--head-dim: -8; wanted a whole number from 1 on"),
-        ("--threads two", "--threads: invalid positive_int value: 'two'"),
+        ("--threads two", "--threads: two; wanted a whole number from 1 on"),
+        ("idle --seconds soon", "--seconds: soon; wanted a number above 0"),
     ],
 )
 def test_options_that_would_be_ignored(

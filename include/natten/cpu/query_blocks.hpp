@@ -37,13 +37,19 @@ GroupView<T> key_view(Problem const& problem, TensorRef const& tensor, Group con
   return GroupView<T>(tensor, groups, origin, batch, head_kv);
 }
 
-// The same of tensors that a call computes, of `dim` elements a token.
+// Tokens of a side, in all its heads and batch entries.
+NATTEN_INLINE std::int64_t all_tokens(Problem const& problem, int heads, int Axis::* extent) {
+  std::int64_t tokens = problem.batch * heads;
+  for (Axis const& axis : problem.axes) tokens *= axis.*extent;
+  return tokens;
+}
+
+// Views of tensors that a call computes, of `dim` elements a token.
 template <class T, class Arguments>
 GroupView<T> query_result(Arguments const& arguments, TensorRef const& tensor, Group const (&groups)[kMaxRank],
                           std::int64_t batch, int head, int dim) {
   Problem const& problem = arguments.problem;
-  std::int64_t tokens = problem.batch * problem.heads;
-  for (Axis const& axis : problem.axes) tokens *= axis.query_extent;
+  std::int64_t const tokens = all_tokens(problem, problem.heads, &Axis::query_extent);
   return as_result(query_view<T>(problem, tensor, groups, batch, head), tokens, dim, arguments.num_threads);
 }
 
@@ -51,8 +57,7 @@ template <class T, class Arguments>
 GroupView<T> key_result(Arguments const& arguments, TensorRef const& tensor, Group const (&groups)[kMaxRank],
                         std::int64_t batch, int head_kv, int dim) {
   Problem const& problem = arguments.problem;
-  std::int64_t tokens = problem.batch * problem.heads_kv;
-  for (Axis const& axis : problem.axes) tokens *= axis.key_extent;
+  std::int64_t const tokens = all_tokens(problem, problem.heads_kv, &Axis::key_extent);
   return as_result(key_view<T>(problem, tensor, groups, batch, head_kv), tokens, dim, arguments.num_threads);
 }
 
