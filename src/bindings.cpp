@@ -153,9 +153,10 @@ cuda::LaunchContext launch_context(PlannedProblem const& problem, cuda::KernelIn
 // Runs a kernel by its entry point: `on_cpu` or, in a library, `on_gpu`.
 template <class Arguments>
 void run(Kernel const& kernel, void (*Kernel::*on_cpu)(Arguments const&),
-         cuda::Entry<Arguments> cuda::KernelInfo::* on_gpu, PlannedProblem const& problem, Arguments const& arguments,
+         cuda::Entry<Arguments> cuda::KernelInfo::* on_gpu, PlannedProblem const& problem, Arguments& arguments,
          std::uintptr_t stream, std::uintptr_t workspace) {
   if (!kernel.cuda.is_cuda) {
+    arguments.num_threads = useful_threads(kernel, problem, arguments.num_threads);
     py::gil_scoped_release const released;
     (kernel.*on_cpu)(arguments);
     return;
@@ -384,5 +385,6 @@ PYBIND11_MODULE(_C, module) {
   natten::register_kernels(module);
   natten::register_window(module);
   module.def("num_parallel_threads", &natten::num_parallel_threads, py::arg("num_threads"));
+  module.def("set_least_work", &natten::set_least_work, py::arg("multiplications"));
   module.def("after_fork_in_child", &natten::cpu::after_fork_in_child);
 }

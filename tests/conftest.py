@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from natten import _C
 from tests import policies
 
 pytest.register_assert_rewrite("tests.oracle")
@@ -56,11 +57,15 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
-    """One, unless a test asks for more: problems are small, and on a busy machine idle threads spin for long."""
-    before = torch.get_num_threads()
+    """One, unless a test asks for more: problems are small, and on a busy machine idle threads spin for long.
+
+    What asks for more gets them, however small its problem is.
+    """
+    before, least_work = torch.get_num_threads(), _C.set_least_work(0)
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+    _C.set_least_work(least_work)
 
 
 @pytest.fixture

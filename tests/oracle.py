@@ -89,8 +89,13 @@ def mask(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     return attends, bias.where(attends, 0), (counted - attends.sum(1)).double()
 
 
-def dense(problem: Problem, operands, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """Attention under the brute-force mask, every step in `dtype`. Differentiable."""
+def dense(
+    problem: Problem,
+    operands,
+    dtype: torch.dtype | None = None,
+    logits_of: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention under the brute-force mask, every step in `dtype`, but for logits rounded to `logits_of`. Differentiable."""
     attends, bias, missing = (table.to(operands[0].device) for table in mask(problem))
     query, key, value, more_keys, more_values, rpb = (
         None if t is None else t.to(dtype or operands[0].dtype) for t in operands
@@ -113,6 +118,8 @@ def dense(problem: Problem, operands, dtype: torch.dtype | None = None) -> tuple
     if rpb is not None:
         table = rpb.flatten(1)[:, bias]
         logits = logits + torch.nn.functional.pad(table, (0, count))
+    if logits_of is not None:
+        logits = logits + (logits.to(logits_of).to(logits) - logits).detach()
     logits = logits.masked_fill(~attends, -math.inf)
     # The missing keys of "zeros", as one more column: logit 0, but as often as keys are missing.
     extra = missing.to(logits.dtype).log().expand(*logits.shape[:2], -1)[..., None]

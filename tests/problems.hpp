@@ -71,6 +71,17 @@ class Array {
     });
   }
 
+  // Every number becomes change(number, row), numbered by [batch, axes, heads].
+  template <class Change>
+  void change(Change const& change) {
+    with_type(dtype_, ref_.data, [&](auto* elements) {
+      using Storage = std::remove_pointer_t<decltype(elements)>;
+      for (std::size_t i = 0; i < size_; ++i) {
+        elements[i] = cpu::from_float<Storage>(change(at(i), i / static_cast<std::size_t>(ref_.stride_head)));
+      }
+    });
+  }
+
   // Largest difference, relative for numbers beyond 1; NaN if any is.
   double difference(Array const& other) const {
     double worst = 0;

@@ -350,6 +350,37 @@ assert _C.num_parallel_threads(2) == 2
     run_python(script)
 
 
+def test_tiny_problems_start_no_threads() -> None:
+    """A region that others' threads have to join takes milliseconds on a busy machine, a tiny problem microseconds."""
+    script = """
+import os, torch, natten
+from natten.functional import na2d_av, na2d_qk
+torch.set_num_threads(4)
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+def run(tokens, kernel_size, backend, dim=16):
+    t = [torch.randn(1, tokens, tokens, 1, dim).requires_grad_() for _ in range(3)]
+    grads = [torch.ones_like(x) for x in t]
+    natten.na2d(*t, kernel_size, backend=None if backend == "gemm" else backend).backward(grads[0])
+    query, key, value = (x.movedim(-2, 1) for x in t)
+    backend = "gemm" if backend == "fna" else backend
+    weights = na2d_qk(query, key, kernel_size, backend=backend)
+    na2d_av(weights.softmax(-1), value, kernel_size, backend=backend).sum().backward()
+
+before = threads()
+for backend in ("fna", "naive"):
+    run(8, 5, backend)
+query, key, value = torch.randn(3, 1, 128, 4, 64).unbind()
+natten.attention(query[:, :1], key, value)
+assert threads() == before, (threads(), before)
+run(64, 9, "fna", 64)
+assert threads() >= before + 3, (threads(), before)
+"""
+    run_python(script)
+
+
 def test_core_without_torch() -> None:
     script = f"""
 import importlib.util, sys

@@ -198,7 +198,7 @@ def test_logits_that_rise_along_an_axis(slope, grid, kernel_size, policy):
 
 
 def test_bitwise_repeatable(policy):
-    """Forward and backward are deterministic, and do not depend on the number of threads."""
+    """Forward and backward are deterministic: on another number of threads, too, where that cuts the work in the same items."""
     problem = random_problem(("rank2", "gqa", "rpb", "additional"), 3)
     operands = problem.operands(policy.dtype)
     runs = []

@@ -141,6 +141,18 @@ struct Group {
   }
 };
 
+// Keys that a query with boundary "zeros" misses, of the numbers that it counts and has on every axis. A sum of products, as
+// the difference of two may be small beside them; and they may be beyond 64 bits.
+template <int kRank>
+NATTEN_INLINE constexpr double missing_keys(int const (&counted)[kRank], int const (&present)[kRank]) {
+  double missing = 0, all = 1;  // on the axes so far
+  for (int a = 0; a < kRank; ++a) {
+    missing = missing * present[a] + all * (counted[a] - present[a]);
+    all *= counted[a];
+  }
+  return missing;
+}
+
 struct Axis {
   int extent = 1;  // of the whole grid, in tokens
   int kernel_size = 1;

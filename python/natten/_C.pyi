@@ -174,5 +174,8 @@ def forced_isa() -> str:
 def num_parallel_threads(num_threads: int) -> int:
     """How many threads a parallel region asked for num_threads really runs on (for tests)."""
 
+def set_least_work(multiplications: float) -> float:
+    """What a thread of a CPU kernel has to do at least; returns what it was. With 0, all threads always run (for tests)."""
+
 def after_fork_in_child() -> None:
     """The OpenMP pool did not survive the fork: later regions use threads of their own."""

@@ -141,13 +141,17 @@ def _flatten(tensor: Tensor, more: Tensor | None, rank: int) -> Tensor:
     return tokens.transpose(1, 2)
 
 
-def _missing(tables: tuple[_AxisTable, ...]) -> Tensor:
-    """[query] how many keys count as logit 0 and value 0 (boundary "zeros")."""
-    counted = present = torch.ones(1, dtype=torch.int64, device=tables[0].begin.device)
+def _missing(tables: tuple[_AxisTable, ...], dtype: torch.dtype) -> Tensor:
+    """[query] how many keys count as logit 0 and value 0 (boundary "zeros"); they may be beyond 64 bits."""
+    missing = torch.zeros(1, dtype=dtype, device=tables[0].begin.device)
+    counted = torch.ones_like(missing)
     for table in tables:
+        present = table.end - table.begin
+        # A sum of products: their difference may be small beside them.
+        more = counted[:, None] * (table.counted - present)
+        missing = (missing[:, None] * present + more).flatten()
         counted = (counted[:, None] * table.counted).flatten()
-        present = (present[:, None] * (table.end - table.begin)).flatten()
-    return counted - present
+    return missing
 
 
 def forward(operands: Operands, flat_axes: tuple[int, ...], scale: float) -> tuple[Tensor, Tensor]:
@@ -175,9 +179,9 @@ def forward(operands: Operands, flat_axes: tuple[int, ...], scale: float) -> tup
             return_aux=AuxRequest(lse=True),
         )
     output, lse = output.transpose(1, 2), aux.lse.transpose(1, 2)
-    missing = _missing(_tables(flat_axes, query.device))
+    missing = _missing(_tables(flat_axes, query.device), lse.dtype)
     if bool(missing.any()):
-        total = torch.logaddexp(lse, missing.to(lse.dtype).log()[:, None])
+        total = torch.logaddexp(lse, missing.log()[:, None])
         output = (output * (lse - total).exp()[..., None]).to(output.dtype)
         lse = total
     return output.reshape(*grid, value.shape[-1]), lse.reshape(grid)

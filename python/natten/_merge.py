@@ -24,7 +24,8 @@ def merge_attentions(
     Args:
         outputs: One or more tensors ``[..., heads, head_dim]`` of one shape and type.
         lse_tensors: The LSE of each, ``[..., heads]``: natural logarithm, as returned with ``return_lse=True``. -inf
-            stands for a query without keys; such parts weigh nothing, and their outputs must be finite.
+            stands for a query without keys; such parts weigh nothing, and their outputs must be finite. What is
+            lost by rounding an LSE is lost to its part's weight: 1 % where a float32 LSE is beyond 1e5.
         torch_compile: Accepted for compatibility, without effect.
         use_autograd_fix: Accepted for compatibility, without effect: gradients are right as they are.
 

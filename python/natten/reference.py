@@ -72,7 +72,7 @@ class _Chunk:
     keys: Tensor  # [query, slot]
     present: Tensor  # [query, slot]
     bias: Tensor  # [query, slot] index into the flattened bias table
-    missing: Tensor  # [query] keys that count as logit 0 and value 0
+    missing: Tensor  # [query] keys that count as logit 0 and value 0, float64 on the CPU: they may be beyond 64 bits
     counted: Tensor  # [query, slot] whether the slot holds a key, or a missing one that counts
 
     def gather(self, tensor: Tensor) -> Tensor:
@@ -114,14 +114,17 @@ def _chunks(
         places.reverse()
         keys = bias = flat.new_zeros(len(flat), 1)
         present = in_counted = torch.ones(len(flat), 1, dtype=torch.bool, device="cpu")
-        counted = torch.ones_like(flat)
+        missing = torch.zeros(len(flat), dtype=torch.float64, device="cpu")
+        all_counted = torch.ones_like(missing)
         for axis, table, place in zip(axes, tables, places, strict=True):
             keys = (keys[:, :, None] * axis[_KEY_EXTENT] + table.keys[place][:, None]).flatten(1)
             width = 2 * axis[_KERNEL_SIZE] - 1
             bias = (bias[:, :, None] * width + table.bias[place][:, None]).flatten(1)
             present = (present[:, :, None] & table.present[place][:, None]).flatten(1)
-            counts = table.counted[place]
-            counted = counted * counts
+            counts, had = table.counted[place], table.present[place].sum(1)
+            # A sum of products: their difference may be small beside them.
+            missing = missing * had + all_counted * (counts - had)
+            all_counted = all_counted * counts
             along = torch.arange(table.keys.shape[1], device="cpu") < counts[:, None]
             in_counted = (in_counted[:, :, None] & along[:, None]).flatten(1)
         yield _Chunk(
@@ -129,7 +132,7 @@ def _chunks(
             keys=keys.where(present, 0).to(device),
             present=present.to(device),
             bias=bias.where(present, 0).to(device),
-            missing=(counted - present.sum(1)).to(device),
+            missing=missing,
             counted=in_counted.to(device),
         )
 
@@ -162,7 +165,7 @@ class _Computed:
         if self.additional_keys is not None:
             dense = torch.einsum("bqhgd,bnhd->bqhgn", query, self.additional_keys) * self.scale
             logits = torch.cat([logits, dense], dim=-1)
-        missing = chunk.missing[:, None, None]
+        missing = chunk.missing.to(logits)[:, None, None]
         # Softmax does not change with what is subtracted: no gradient needs to flow through it.
         if logits.shape[-1] == 0:
             shift = logits.new_zeros(logits.shape[:-1])

@@ -2,6 +2,7 @@
 #include "dispatch/dispatch.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <stdexcept>
 
 #include "dispatch/names.hpp"
@@ -212,5 +213,40 @@ Kernel const& find_kernel(std::string const& name, Op op, Problem const& problem
   require(why.empty(), why.empty() ? "" : name + " " + why.front());
   return *kernel;
 }
+
+namespace {
+
+// LEAST_COMMENT
+std::atomic<double> least_work{1 << 18};
+
+// Multiplications that a kernel does, or could do in the time that it needs for what else a token takes.
+double work_of(Op op, Problem const& problem) {
+  constexpr double kPerToken = 8;  // as many as its products with so many keys
+  double queries = double(problem.batch) * problem.heads, keys = double(problem.batch) * problem.heads_kv;
+  double window = 1;
+  for (Axis const& axis : problem.axes) {
+    queries *= axis.query_extent;
+    keys *= axis.key_extent;
+    window *= std::min(axis.kernel_size, axis.key_extent);
+  }
+  bool const is_fused = op == Op::kForward || op == Op::kBackward;
+  bool const has_key_results = op == Op::kBackward || op == Op::kAvTransposed;
+  double const per_query = window + (is_fused ? problem.additional_keys : 0) + kPerToken;
+  double const products = queries * per_query + (has_key_results ? keys * kPerToken : 0);
+  double const dims = problem.head_dim + (is_fused ? problem.head_dim_value : 0);
+  return products * dims * (op == Op::kBackward ? 2.5 : 1);
+}
+
+}  // namespace
+
+int useful_threads(Kernel const& kernel, Problem const& problem, int num_threads) {
+  constexpr double kSlower = 16;  // the naive kernels, which use no SIMD
+  double const work = work_of(kernel.op, problem) * (kernel.backend == std::string("naive") ? kSlower : 1);
+  double const least = least_work.load(std::memory_order_relaxed);
+  if (work >= least * num_threads) return num_threads;
+  return std::max(1, static_cast<int>(work / least));
+}
+
+double set_least_work(double multiplications) { return least_work.exchange(multiplications); }
 
 }  // namespace natten

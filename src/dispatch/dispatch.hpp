@@ -44,4 +44,11 @@ std::vector<Candidate> candidates(Problem const& problem, Op op, std::string con
 // By exact name. Throws std::invalid_argument if there is none, or if it cannot run the problem.
 Kernel const& find_kernel(std::string const& name, Op op, Problem const& problem, Device const& device);
 
+// How many of `num_threads` threads a kernel of the CPU is to run on: no more than have enough to do. A region of several threads
+// costs microseconds, and where other processes are busy, milliseconds.
+int useful_threads(Kernel const& kernel, Problem const& problem, int num_threads);
+
+// What is enough, in multiplications; returns what it was. For tests: with 0, the smallest problem runs on all threads.
+double set_least_work(double multiplications);
+
 }  // namespace natten

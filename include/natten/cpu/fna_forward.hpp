@@ -4,6 +4,7 @@
 #pragma once
 
 #include "natten/cpu/query_blocks.hpp"
+#include "natten/cpu/softmax.hpp"
 
 namespace natten::cpu::NATTEN_CPU_ISA {
 
@@ -16,10 +17,15 @@ class Forward {
 
   ForwardArguments const& arguments;
 
-  explicit Forward(ForwardArguments const& arguments_)
-      : arguments(arguments_), problem_(arguments.problem), row_(round_up(problem_.head_dim_value, kLanes)) {}
+  // `origin`: where to store a level near the highest of every row, which its LSE is then relative to; null for an LSE as it is.
+  explicit Forward(ForwardArguments const& arguments_, TensorRef const& origin = {})
+      : arguments(arguments_),
+        problem_(arguments.problem),
+        origin_(origin),
+        levels_(problem_),
+        row_(round_up(problem_.head_dim_value, kLanes)) {}
 
-  // [base | sum of exp2(logit - base) | output, undivided: [lane][row_]]
+  // [base, a level | sum of weights, relative to the base | output, undivided: [lane][row_]]
   std::int64_t state_floats() const { return kLanes * (2 + row_); }
 
   void take_scratch(Arena& arena) {
@@ -73,19 +79,25 @@ class Forward {
     Vec const base = load_vec(state);
     Vec const sum = load_vec(state + kLanes);
     Vec const inverse = sum == 0.0f ? Vec{} : 1.0f / sum;
-    Vec const lse = sum == 0.0f ? broadcast(-kInfinity) : (base + log2(sum)) * kLn2;
-    auto const lse_view = query_view<float>(problem_, arguments.lse, c.item.groups, c.item.batch, c.head);
+    Vec const origin = origin_ ? Vec{} : base * levels_.logit();
+    Vec const lse = sum == 0.0f ? broadcast(-kInfinity) : origin + log2(sum) * kLn2;
     store_lanes(output_of(c), c.tile, problem_.head_dim_value, state + 2 * kLanes, row_,
                 [&](int l) { return inverse[l]; });
-    for (int l = 0; l < kLanes; ++l) {
-      if (c.tile.has(l)) *lse_view.at(c.tile.position[0][l], c.tile.position[1][l], c.tile.position[2][l]) = lse[l];
-    }
+    store_statistic(c, arguments.lse, lse);
+    if (origin_) store_statistic(c, origin_, sum == 0.0f ? Vec{} : base);
   }
 
  private:
   GroupView<Storage> output_of(TileContext const& c) const {
     return query_result<Storage>(arguments, arguments.output, c.item.groups, c.item.batch, c.head,
                                  problem_.head_dim_value);
+  }
+  // One number a row.
+  void store_statistic(TileContext const& c, TensorRef const& to, Vec v) const {
+    auto const view = query_view<float>(problem_, to, c.item.groups, c.item.batch, c.head);
+    for (int l = 0; l < kLanes; ++l) {
+      if (c.tile.has(l)) *view.at(c.tile.position[0][l], c.tile.position[1][l], c.tile.position[2][l]) = v[l];
+    }
   }
   std::int64_t lanes_step() const { return round_up(problem_.head_dim, kLanes); }
   static int max_tokens(KeyStream<Math> const& stream, int chunk_bytes = kChunkBytes) {
@@ -96,62 +108,62 @@ class Forward {
   template <class Score>
   void add_chunk(Chunk const& chunk, KeyStream<Math> const& stream, Tile const& tile, Bias const& bias, Vec* scores,
                  Score const& score, float* state, FetchAhead& fetch) const {
-    float const scale = static_cast<float>(problem_.scale) * kLog2e;
     Vec const before = load_vec(state);
     IntVec const is_first = before == -kInfinity;
-    Vec base = any(is_first) ? (is_first ? guess_base(chunk, scores, scale) : before) : before;
+    Vec base = any(is_first) ? (is_first ? guess_base(chunk, scores) : before) : before;
     bool const is_whole = tile.takes_all(chunk);
     auto const weigh_all = [&] {
-      return is_whole ? weigh<true>(chunk, tile, bias, scale, base, scores)
-                      : weigh<false>(chunk, tile, bias, scale, base, scores);
+      return is_whole ? weigh<true>(chunk, tile, bias, base, scores) : weigh<false>(chunk, tile, bias, base, scores);
     };
     Weights weights = weigh_all();
-    IntVec const is_far =
-        (weights.highest > kFar) | (is_first & (weights.highest < -kFar) & (weights.highest != -kInfinity));
+    Vec const above = (weights.highest - base) * levels_.log2();
+    IntVec const is_far = (above > kFar) | (is_first & (above < -kFar) & (weights.highest != -kInfinity));
     if (any(is_far)) {
-      base = is_far ? base + weights.highest : base;
+      base = is_far ? weights.highest : base;
       score();
       weights = weigh_all();
     }
     move_base(state, before, is_first & (weights.highest == -kInfinity) ? before : base);
     store_vec(state + kLanes, load_vec(state + kLanes) + weights.sum);
+    if (row_ == 0) return;
     accumulate_chunk<Math>(tile, chunk, stream.value, stream.nonfinite, scores, state + 2 * kLanes, row_, fetch);
   }
 
-  // What the weights of a chunk are relative to need not be the maximum of the logits: anything near it keeps the sums away
-  // from overflow, and the largest weight from underflow. So there is one pass over the scores, with a guess instead of the
-  // maximum, and a second one for the rare chunk whose largest weight would be beyond 2^16, or the first below 2^-16.
+  // What the weights of a chunk are relative to need not be the highest level: anything near it keeps the sums away from
+  // overflow, and the largest weight from underflow. So there is one pass over the scores, with a guess instead of the
+  // maximum, and a second one, with the maximum, for the rare chunk whose largest weight would be beyond 2^16, or the first below
+  // 2^-16.
   static constexpr float kFar = 16;
 
-  // The maximum of the first logits, whether they are attended to or not.
-  static Vec guess_base(Chunk const& chunk, Vec const* scores, float scale) {
+  // The maximum of the first levels without their bias, whether they are attended to or not.
+  Vec guess_base(Chunk const& chunk, Vec const* scores) const {
     constexpr int kEnough = 8;
     Vec highest = broadcast(-kInfinity);
-    for (int i = 0; i < min(chunk.slots, kEnough); ++i) highest = maximum(scores[i] * scale, highest);
+    for (int i = 0; i < min(chunk.slots, kEnough); ++i) highest = maximum(levels_.of(scores[i]), highest);
     constexpr float kHuge = 1e30f;  // tokens that nobody attends to may hold infinities
     return (highest < kHuge) & (highest > -kHuge) ? highest : Vec{};
   }
 
   struct Weights {
-    Vec highest;  // logit, minus the base
+    Vec highest;  // level
     Vec sum;
   };
 
-  // Makes weights of a chunk's scores: exp2(logit - base). `kIsWhole`: all lanes take part in all slots.
+  // Makes weights of a chunk's scores, relative to a base. `kIsWhole`: all lanes take part in all slots.
   template <bool kIsWhole>
-  static Weights weigh(Chunk const& chunk, Tile const& tile, Bias const& bias, float scale, Vec base, Vec* scores) {
+  Weights weigh(Chunk const& chunk, Tile const& tile, Bias const& bias, Vec base, Vec* scores) const {
     Weights weights{broadcast(-kInfinity), Vec{}};
+    Levels const levels = levels_;
     UintVec const place = tile.place(chunk.first() + chunk.x);
     for (int r = 0; r < chunk.rows; ++r) {
       UintVec const row_size = kIsWhole ? tile.size[2] : tile.row_size(chunk.z[r], chunk.y[r]);
       Vec* s = scores + r * chunk.pitch;
       for (int i = 0; i < chunk.slots; ++i, ++s) {
         IntVec const keep = kIsWhole ? broadcast(-1) : place + i < row_size;
-        Vec logit = *s * scale - base;
-        if (bias) logit += bias.at(chunk.z[r], chunk.y[r], chunk.first() + (chunk.x + i), keep) * kLog2e;
-        if constexpr (!kIsWhole) logit = keep ? logit : broadcast(-kInfinity);
-        weights.highest = maximum(logit, weights.highest);
-        *s = exp2(logit);
+        Vec level = levels.of(*s, bias, chunk.z[r], chunk.y[r], chunk.first() + (chunk.x + i), keep);
+        if constexpr (!kIsWhole) level = keep ? level : broadcast(-kInfinity);
+        weights.highest = maximum(level, weights.highest);
+        *s = exp2((level - base) * levels.log2());
         weights.sum += *s;
       }
     }
@@ -162,7 +174,7 @@ class Forward {
   void move_base(float* state, Vec before, Vec after) const {
     store_vec(state, after);
     if (!any((before != after) & (before != -kInfinity))) return;  // nothing was summed
-    Vec const factor = before == after ? broadcast(1.0f) : exp2(before - after);
+    Vec const factor = before == after ? broadcast(1.0f) : exp2((before - after) * levels_.log2());
     store_vec(state + kLanes, load_vec(state + kLanes) * factor);
     for (int l = 0; l < kLanes; ++l) {
       float* const row = state + (2 * kLanes + l * row_);
@@ -178,24 +190,25 @@ class Forward {
     if (!found) return;
     for (int l = 0; l < kLanes; ++l) {
       if (!c.tile.has(l)) continue;
-      float all = 1, present = 1;
+      int counted[kMaxRank], present[kMaxRank];
       for (int a = 0; a < kMaxRank; ++a) {
-        Group const& group = c.item.groups[a];
-        Interval const window = group.grid_window(c.tile.position[a][l]);
-        all *= group.boundary == Boundary::kZeros ? group.unclipped(c.tile.position[a][l]).size() : window.size();
-        present *= window.size();
+        counted[a] = c.item.groups[a].counted(c.tile.position[a][l]);
+        present[a] = c.item.groups[a].window(c.tile.position[a][l]).size();
       }
-      missing[l] = all - present;
+      missing[l] = static_cast<float>(missing_keys(counted, present));
     }
     Vec const before = load_vec(state);
     IntVec const is_missing = missing > 0.0f;
     Vec const base = is_missing ? maximum(before, Vec{}) : before;
     move_base(state, before, base);
-    // Elsewhere exp2(-base) may be infinite, and 0 times that NaN.
-    store_vec(state + kLanes, load_vec(state + kLanes) + (is_missing ? missing * exp2(-base) : Vec{}));
+    // Elsewhere the weight of 0 may be infinite, and 0 times that NaN.
+    Vec const weight = exp2((0.0f - base) * levels_.log2());
+    store_vec(state + kLanes, load_vec(state + kLanes) + (is_missing ? missing * weight : Vec{}));
   }
 
   Problem const& problem_;
+  TensorRef origin_;
+  Levels levels_;
   int row_;  // floats of a lane's output
   Vec* lanes_ = nullptr;  // [tile][word][lane] of the panel's queries
   Vec* scores_ = nullptr;  // [tile][row][slot][lane]

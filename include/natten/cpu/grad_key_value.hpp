@@ -19,9 +19,10 @@ class GradKeyValue {
   using Storage = typename Math::Storage;
 
   // `num_threads`: 1 keeps the keys of a head together.
-  GradKeyValue(BackwardArguments const& arguments, KeySource source, int num_threads)
+  GradKeyValue(GradArguments const& arguments, KeySource source, int num_threads)
       : arguments_(arguments),
         problem_(arguments.problem),
+        levels_(problem_),
         source_(source),
         tiles_(source == KeySource::kWindow ? problem_ : line_of(problem_)),
         row_k_(round_up(problem_.head_dim, kLanes)),
@@ -297,8 +298,8 @@ class GradKeyValue {
         for (int x = box.first; x < box.first + box.pitch; ++x) {
           if (x + kPrefetchTokens < box.axis[2].end)
             prefetch_token(output.at(z, y, x + kPrefetchTokens), problem_.head_dim_value);
-          *row++ = box.axis[2].contains(x) ? query_stats<Storage>(arguments_, groups, batch, head, z, y, x)
-                                           : QueryStats{kInfinity, 0};
+          *row++ = box.axis[2].contains(x) ? query_stats<Storage>(arguments_, levels_, groups, batch, head, z, y, x)
+                                           : QueryStats{0, kInfinity, 0};
         }
       }
     }
@@ -328,7 +329,7 @@ class GradKeyValue {
 
   void attend(Tile const& tile, QueryStream const& stream, Bias const& bias, float* d_bias, TokenSums const& sums,
               bool nonfinite_rows, Memory const& memory, float* state) const {
-    float const scale = static_cast<float>(problem_.scale) * kLog2e;
+    Levels const levels = levels_;
     int const max_tokens = chunk_tokens(2 * sizeof(Vec) + 4 * (stream.query.sum.words + stream.d_output.sum.words));
     Vec* const weights = memory.weights;
     Vec* const d_weights = memory.d_weights;
@@ -342,9 +343,8 @@ class GradKeyValue {
           QueryStats const& stats = stream.stats[chunk.token[r] + i];
           IntVec const x = chunk.first() + (chunk.x + i);
           IntVec const keep = tile.place(x) < row_size;
-          Vec logit = weights[t] * scale;
-          if (bias) logit += bias.at(chunk.z[r], chunk.y[r], x, keep) * kLog2e;
-          Vec const weight = exp2(logit - stats.lse2);
+          Vec const level = levels.of(weights[t], bias, chunk.z[r], chunk.y[r], x, keep);
+          Vec const weight = exp2((level - stats.origin) * levels.log2() - stats.lse2);
           Vec const d_logit = weight * (d_weights[t] - stats.delta);
           weights[t] = keep ? weight : Vec{};
           d_weights[t] = keep ? d_logit : Vec{};
@@ -408,8 +408,9 @@ class GradKeyValue {
                 [](int) { return 1.0f; });
   }
 
-  BackwardArguments const& arguments_;
+  GradArguments const& arguments_;
   Problem const& problem_;
+  Levels levels_;
   KeySource source_;
   Problem tiles_;  // with the axes of the tile side
   int row_k_;

@@ -4,20 +4,26 @@
 #pragma once
 
 #include "natten/cpu/query_blocks.hpp"
+#include "natten/cpu/softmax.hpp"
 #include "natten/cpu/token_sums.hpp"
 
 namespace natten::cpu::NATTEN_CPU_ISA {
 
-// What recomputing the weights of a query takes: with s = scale q k + bias,
-//   p = exp(s - lse),  ds = p (dp - delta),  delta = rowsum(dO O) - dLSE.
+struct GradArguments : BackwardArguments {
+  TensorRef origin;  // of every row, a level that its LSE is relative to, of the shape of LSE; null if LSE is as it is
+};
+
+// What recomputing the weights of a query takes: with levels as in softmax.hpp,
+//   p = 2^(log2 (level - origin) - lse2),  ds = p (dp - delta),  delta = rowsum(dO O) - dLSE.
 struct QueryStats {
-  float lse2;  // LSE, base 2; +inf where there was no key, so that p is 0 and not NaN
+  float origin;
+  float lse2;  // LSE relative to the origin, base 2; +inf where there was no key, so that p is 0 and not NaN
   float delta;
 };
 
 template <class Storage>
-QueryStats query_stats(BackwardArguments const& arguments, Group const (&groups)[kMaxRank], std::int64_t batch,
-                       int head, int z, int y, int x) {
+QueryStats query_stats(GradArguments const& arguments, Levels const& levels, Group const (&groups)[kMaxRank],
+                       std::int64_t batch, int head, int z, int y, int x) {
   Problem const& problem = arguments.problem;
   int const dim = problem.head_dim_value;
   Storage const* const out = query_view<Storage const>(problem, arguments.output, groups, batch, head).at(z, y, x);
@@ -26,10 +32,17 @@ QueryStats query_stats(BackwardArguments const& arguments, Group const (&groups)
   int c = 0;
   for (; c + kLanes <= dim; c += kLanes) products += load_vec(out + c) * load_vec(d_out + c);
   if (c < dim) products += load_first(out + c, dim - c) * load_first(d_out + c, dim - c);
-  float const lse = *query_view<float const>(problem, arguments.lse, groups, batch, head).at(z, y, x);
-  QueryStats stats{lse == -kInfinity ? kInfinity : lse * kLog2e, sum(products)};
-  if (arguments.d_lse)
-    stats.delta -= *query_view<float const>(problem, arguments.d_lse, groups, batch, head).at(z, y, x);
+  auto const statistic = [&](TensorRef const& tensor) {
+    return *query_view<float const>(problem, tensor, groups, batch, head).at(z, y, x);
+  };
+  float const lse = statistic(arguments.lse);
+  QueryStats stats{0, __builtin_fabsf(lse) * kLog2e, sum(products)};
+  if (stats.lse2 < kInfinity) {
+    // Near LSE, a difference of levels is exact.
+    stats.origin = arguments.origin ? statistic(arguments.origin) : lse / levels.logit();
+    stats.lse2 = (arguments.origin ? lse : lse - stats.origin * levels.logit()) * kLog2e;
+  }
+  if (arguments.d_lse) stats.delta -= statistic(arguments.d_lse);
   return stats;
 }
 
@@ -40,11 +53,12 @@ class GradQuery {
   static constexpr bool kSlides = true;
   static constexpr StreamNeeds kNeeds{/*key_dot=*/true, /*key_sum=*/true, /*value_dot=*/true, /*value_sum=*/false};
 
-  BackwardArguments const& arguments;
+  GradArguments const& arguments;
 
-  explicit GradQuery(BackwardArguments const& arguments_)
+  explicit GradQuery(GradArguments const& arguments_)
       : arguments(arguments_),
         problem_(arguments.problem),
+        levels_(problem_),
         row_k_(round_up(problem_.head_dim, kLanes)),
         row_v_(round_up(problem_.head_dim_value, kLanes)) {}
 
@@ -94,14 +108,17 @@ class GradQuery {
       c.fetch.add(view(arguments.output), c.next, problem_.head_dim_value);
       c.fetch_own(d_query_of(c), problem_.head_dim);
     }
+    Vec& origin = origin_[c.index];
     Vec& lse2 = lse2_[c.index];
     Vec& delta = delta_[c.index];
+    origin = delta = Vec{};
     lse2 = broadcast(kInfinity);
-    delta = Vec{};
     for (int l = 0; l < kLanes; ++l) {
       if (!c.tile.has(l)) continue;
-      QueryStats const stats = query_stats<Storage>(arguments, groups, c.item.batch, c.head, c.tile.position[0][l],
-                                                    c.tile.position[1][l], c.tile.position[2][l]);
+      QueryStats const stats =
+          query_stats<Storage>(arguments, levels_, groups, c.item.batch, c.head, c.tile.position[0][l],
+                               c.tile.position[1][l], c.tile.position[2][l]);
+      origin[l] = stats.origin;
       lse2[l] = stats.lse2;
       delta[l] = stats.delta;
     }
@@ -175,8 +192,8 @@ class GradQuery {
   template <bool kIsWhole>
   void weigh(int index, Chunk const& chunk, Tile const& tile, Bias const& bias, float* d_bias, Vec* weights,
              Vec* d_weights) const {
-    float const scale = static_cast<float>(problem_.scale) * kLog2e;
-    Vec const lse2 = lse2_[index], delta = delta_[index];
+    Levels const levels = levels_;
+    Vec const origin = origin_[index], lse2 = lse2_[index], delta = delta_[index];
     UintVec const place = tile.place(chunk.first() + chunk.x);
     for (int r = 0; r < chunk.rows; ++r) {
       UintVec const row_size = kIsWhole ? tile.size[2] : tile.row_size(chunk.z[r], chunk.y[r]);
@@ -185,9 +202,8 @@ class GradQuery {
       for (int i = 0; i < chunk.slots; ++i, ++s, ++d) {
         IntVec const x = chunk.first() + (chunk.x + i);
         IntVec const keep = kIsWhole ? broadcast(-1) : place + i < row_size;
-        Vec logit = *s * scale - lse2;
-        if (bias) logit += bias.at(chunk.z[r], chunk.y[r], x, keep) * kLog2e;
-        Vec const weight = exp2(logit);
+        Vec const level = levels.of(*s, bias, chunk.z[r], chunk.y[r], x, keep);
+        Vec const weight = exp2((level - origin) * levels.log2() - lse2);
         Vec const d_logit = weight * (*d - delta);
         *s = kIsWhole || keep ? weight : Vec{};
         *d = kIsWhole || keep ? d_logit : Vec{};
@@ -233,6 +249,7 @@ class GradQuery {
   }
 
   Problem const& problem_;
+  Levels levels_;
   int row_k_;
   int row_v_;
   float* d_bias_ = nullptr;
@@ -241,6 +258,7 @@ class GradQuery {
   Vec* d_output_lanes_ = nullptr;  // [tile][word][lane]
   Vec* weights_ = nullptr;  // [tile][row][slot][lane]
   Vec* d_weights_ = nullptr;
+  Vec origin_[kPanelTiles] = {};
   Vec lse2_[kPanelTiles] = {};
   Vec delta_[kPanelTiles] = {};
   // For the sums of keys.
@@ -254,7 +272,7 @@ class GradQuery {
 };
 
 template <class Math>
-void run_grad_query(BackwardArguments const& arguments, QueryBlocks<Math> const& blocks, bool with_keys) {
+void run_grad_query(GradArguments const& arguments, QueryBlocks<Math> const& blocks, bool with_keys) {
   Problem const& problem = arguments.problem;
   GradQuery<Math> const prototype(arguments);
   std::int64_t const items_per_head = blocks.items_per_head();  // and batch entry
@@ -270,7 +288,7 @@ void run_grad_query(BackwardArguments const& arguments, QueryBlocks<Math> const&
 }
 
 template <class Math>
-void grad_query(BackwardArguments const& arguments) {
+void grad_query(GradArguments const& arguments) {
   using Pass = GradQuery<Math>;
   QueryBlocks<Math> const blocks(arguments.problem, Pass(arguments).state_floats(), Pass::kNeeds, Pass::kSlides,
                                  arguments.num_threads);
@@ -280,7 +298,7 @@ void grad_query(BackwardArguments const& arguments) {
 // All gradients in one pass, where keys slide past more than a line, a thread can own all queries of a head, there is a head for
 // every thread, and room for the sums. Returns whether that is so.
 template <class Math>
-bool grad_query_with_keys(BackwardArguments const& arguments) {
+bool grad_query_with_keys(GradArguments const& arguments) {
   using Pass = GradQuery<Math>;
   Problem const& problem = arguments.problem;
   if (problem.additional_keys > 0 || has_lines(problem) || !streams_all(problem, Side::kQuery)) return false;

@@ -33,13 +33,14 @@ NATTEN_INLINE double to_float(double x) { return x; }
 NATTEN_INLINE float to_float(float x) { return x; }
 NATTEN_INLINE float to_float(BFloat16 x) { return bits_float(std::uint32_t{x.bits} << 16); }
 
-// Shifts the fields into place and lets one multiplication by 2^112 re-bias the exponent: subnormals come out right
-// without a branch. Only infinity and NaN need their exponent set.
+// Shifts the fields into place and re-biases the exponent. Subnormals, which have none, get one that a subtraction takes away
+// again: no number on the way is a subnormal float, which the processor may have been told to take for 0.
 NATTEN_INLINE float to_float(Float16 x) {
   std::uint32_t sign = std::uint32_t{x.bits & 0x8000u} << 16;
   std::uint32_t magnitude = std::uint32_t{x.bits & 0x7fffu} << 13;
-  if (magnitude >= 0x0f800000u) return bits_float(sign | 0x70000000u | magnitude);
-  return bits_float(sign | float_bits(bits_float(magnitude) * 0x1p112f));
+  if (magnitude >= 0x0f800000u) return bits_float(sign | 0x70000000u | magnitude);  // infinity, NaN
+  if (magnitude >= 0x00800000u) return bits_float(sign | (magnitude + 0x38000000u));
+  return bits_float(sign | float_bits(bits_float(magnitude + 0x38800000u) - 0x1p-14f));
 }
 
 template <class T>

@@ -56,6 +56,19 @@ struct TaskIndex {
   }
 };
 
+// `x` as a number of its type: no step of an operation that the compiler contracts, where a CPU multiplies and adds at once.
+template <class Real>
+NATTEN_INLINE Real rounded(Real x) {
+#if defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#else
+  asm("" : "+m"(x));
+#endif
+  return x;
+}
+
 template <class Storage>
 Accumulator<Storage> dot(Storage const* a, Storage const* b, int size) {
   // Eight sums, as the compiler may not reorder one.
@@ -131,13 +144,13 @@ class Grid {
   }
 
   // Keys that a query with boundary "zeros" misses.
-  static std::int64_t num_missing(Token const& query) {
-    std::int64_t counted = 1, present = 1;
-    for (Place const& place : query.axis) {
-      counted *= place.group->counted(place.position);
-      present *= place.others.size();
+  static double num_missing(Token const& query) {
+    int counted[kMaxRank], present[kMaxRank];
+    for (int i = 0; i < kMaxRank; ++i) {
+      counted[i] = query.axis[i].group->counted(query.axis[i].position);
+      present[i] = query.axis[i].others.size();
     }
-    return counted - present;
+    return missing_keys(counted, present);
   }
 
  private:
@@ -191,8 +204,10 @@ class OnlineSoftmax {
     denominator_ += weight;
     add_scaled(sum_, weight, value, size_);
   }
+  // A key of which the value does not matter, as the size of its row is 0.
+  void add(Real logit) { add(logit, nullptr); }
   // `count` keys with logit 0 and value 0.
-  void add_zeros(std::int64_t count) {
+  void add_zeros(double count) {
     if (count == 0) return;
     raise_maximum(0);
     denominator_ += static_cast<Real>(count) * std::exp(-maximum_);
@@ -200,7 +215,10 @@ class OnlineSoftmax {
 
   // A row without keys is 0, and its LSE -inf.
   void store_to(Storage* output) const { store(output, sum_, denominator_ == 0 ? Real{0} : 1 / denominator_, size_); }
-  Real lse() const { return maximum_ + std::log(denominator_); }
+  Real lse() const { return maximum_ + log_sum(); }
+  // LSE in two numbers, the largest logit and the logarithm of the sum of weights relative to it.
+  Real maximum() const { return maximum_; }
+  Real log_sum() const { return std::log(denominator_); }
 
  private:
   static constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
@@ -247,7 +265,10 @@ struct Tensors {
     return index;
   }
 
-  Real logit(Storage const* query, Storage const* key) const { return scale * dot(query, key, problem.head_dim); }
+  // The same number for whoever subtracts something from it: from itself, the largest differs by 0.
+  Real logit(Storage const* query, Storage const* key) const {
+    return rounded(scale * dot(query, key, problem.head_dim));
+  }
   Real logit(Storage const* query, Storage const* key, int head, int const (&offset)[kMaxRank]) const {
     Real const bias = arguments.rpb ? static_cast<Real const*>(arguments.rpb)[rpb_index(head, offset)] : Real{0};
     return logit(query, key) + bias;
@@ -288,16 +309,18 @@ void naive_forward(ForwardArguments const& a) {
 
 // Gradients. With P the attention weights and dP = dO V^T, the gradient of the logits is dS = P (dP - delta), where
 // delta = rowsum(dO O) - dLSE. Every pass below computes the P and dS it needs anew.
+//
+// P is exp(logit - LSE), where LSE is not so large that rounding it has changed P; there, of a softmax computed again.
 template <class Storage>
 class NaiveBackward {
  public:
   using Real = Accumulator<Storage>;
 
   explicit NaiveBackward(BackwardArguments const& arguments)
-      : a_(arguments), grid_(arguments.problem), deltas_(problem_.batch * grid_.num_queries() * problem_.heads) {}
+      : a_(arguments), grid_(arguments.problem), stats_(problem_.batch * grid_.num_queries() * problem_.heads) {}
 
   void run() {
-    compute_deltas();
+    compute_stats();
     compute_d_query();
     compute_d_key_value();
     compute_d_additional();
@@ -305,12 +328,17 @@ class NaiveBackward {
   }
 
  private:
+  // LSE is that of the logits minus `maximum`, plus `maximum`.
+  struct RowStats {
+    Real maximum;
+    Real log_sum;
+    Real delta;
+  };
   // What the backward pass knows of a query, and of its weight for a key.
   struct QueryRow {
     Storage const* query;
     Storage const* d_output;
-    Real lse;
-    Real delta;
+    RowStats stats;
   };
   struct Weight {
     Real probability;  // P
@@ -318,8 +346,7 @@ class NaiveBackward {
   };
 
   QueryRow query_row(std::int64_t batch, int head, int const (&x)[kMaxRank]) const {
-    return {t_.row(a_.query, batch, head, x), t_.row(a_.d_output, batch, head, x),
-            *t_.template row<Real>(a_.lse, batch, head, x), deltas_[row_index(batch, head, x)]};
+    return {t_.row(a_.query, batch, head, x), t_.row(a_.d_output, batch, head, x), stats_[row_index(batch, head, x)]};
   }
 
   std::int64_t row_index(std::int64_t batch, int head, int const (&x)[kMaxRank]) const {
@@ -330,15 +357,15 @@ class NaiveBackward {
 
   Weight weight(QueryRow const& row, Real logit, Storage const* value) const {
     // A row without weights has no gradient; exp(-inf - -inf) would be NaN.
-    if (row.lse == -std::numeric_limits<Real>::infinity()) return {0, 0};
-    Real const probability = std::exp(logit - row.lse);
-    return {probability, probability * (dot(row.d_output, value, problem_.head_dim_value) - row.delta)};
+    if (row.stats.maximum == -std::numeric_limits<Real>::infinity()) return {0, 0};
+    Real const probability = std::exp(logit - row.stats.maximum - row.stats.log_sum);
+    return {probability, probability * (dot(row.d_output, value, problem_.head_dim_value) - row.stats.delta)};
   }
 
   // body(batch, head, x, token) for every row of the query tensor.
   template <class Body>
   void for_each_query_row(Body const& body) const {
-    for_each_task(a_.num_threads, static_cast<std::int64_t>(deltas_.size()), [&](std::int64_t task) {
+    for_each_task(a_.num_threads, static_cast<std::int64_t>(stats_.size()), [&](std::int64_t task) {
       TaskIndex index{task};
       int const head = index.take(problem_.heads);
       int x[kMaxRank];
@@ -347,11 +374,27 @@ class NaiveBackward {
     });
   }
 
-  void compute_deltas() {
-    for_each_query_row([&](std::int64_t batch, int head, int const(&x)[kMaxRank], Token const&) {
+  void compute_stats() {
+    for_each_query_row([&](std::int64_t batch, int head, int const(&x)[kMaxRank], Token const& token) {
       Real const d_lse = a_.d_lse ? *t_.template row<Real>(a_.d_lse, batch, head, x) : Real{0};
-      deltas_[row_index(batch, head, x)] =
-          dot(t_.row(a_.d_output, batch, head, x), t_.row(a_.output, batch, head, x), problem_.head_dim_value) - d_lse;
+      Storage const* const d_output = t_.row(a_.d_output, batch, head, x);
+      RowStats& stats = stats_[row_index(batch, head, x)];
+      stats.delta = dot(d_output, t_.row(a_.output, batch, head, x), problem_.head_dim_value) - d_lse;
+      stats.maximum = *t_.template row<Real>(a_.lse, batch, head, x);
+      stats.log_sum = 0;
+      if (!is_coarse_lse(stats.maximum)) return;
+      OnlineSoftmax<Storage> softmax(nullptr, 0);
+      Storage const* const query = t_.row(a_.query, batch, head, x);
+      int const head_kv = head / problem_.group_size();
+      grid_.for_each_key(token, [&](int const(&y)[kMaxRank], int const(&offset)[kMaxRank]) {
+        softmax.add(t_.logit(query, t_.row(a_.key, batch, head_kv, y), head, offset));
+      });
+      for (int j = 0; j < problem_.additional_keys; ++j) {
+        softmax.add(t_.logit(query, t_.additional_row(a_.additional_keys, batch, head_kv, j)));
+      }
+      softmax.add_zeros(Grid::num_missing(token));
+      stats.maximum = softmax.maximum();
+      stats.log_sum = softmax.log_sum();
     });
   }
 
@@ -495,7 +538,7 @@ class NaiveBackward {
   Problem const& problem_ = a_.problem;
   Tensors<Storage, BackwardArguments> const t_{a_};
   Grid grid_;
-  std::vector<Real> deltas_;  // of every row of the query tensor
+  std::vector<RowStats> stats_;  // of every row of the query tensor
 };
 
 template <class Storage>

@@ -74,7 +74,7 @@ void slide_run(Vec const* const* lanes, int words, Word const* stream, int pitch
       Vec v;
       if constexpr (kShifts) v = shifted<slot.value>(low, high);
       else if constexpr (kSliding == Sliding::kStep) v = load_as<Vec>(stream + slot.value);
-      else if constexpr (kSliding == Sliding::kStand) v = broadcast(load_as<float>(stream + slot.value));
+      else if constexpr (kSliding == Sliding::kStand) v = bit_cast<Vec>(broadcast(stream[slot.value]));
       else v = permute(load_as<Vec>(stream + slot.value), from);
       keep_in_register(v);
 #pragma GCC unroll 4

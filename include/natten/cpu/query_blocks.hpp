@@ -8,9 +8,6 @@
 
 namespace natten::cpu::NATTEN_CPU_ISA {
 
-constexpr float kLog2e = 1.44269504f;
-constexpr float kLn2 = 0.693147181f;
-
 // One packed piece of keys and values.
 template <class Math>
 struct KeyStream {

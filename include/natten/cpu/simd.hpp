@@ -46,9 +46,10 @@ NATTEN_INLINE To bit_cast(From const& from) {
   return to;
 }
 
-NATTEN_INLINE Vec broadcast(float x) { return Vec{} + x; }
 NATTEN_INLINE IntVec broadcast(std::int32_t x) { return IntVec{} + x; }
 NATTEN_INLINE UintVec broadcast(std::uint32_t x) { return UintVec{} + x; }
+// Not by an addition to 0, which changes subnormal numbers, where they are taken for 0, and some NaNs.
+NATTEN_INLINE Vec broadcast(float x) { return bit_cast<Vec>(broadcast(float_bits(x))); }
 
 template <class V, class T>
 NATTEN_INLINE V load_as(T const* p) {
@@ -267,8 +268,9 @@ NATTEN_INLINE Vec exp2_fraction(Vec f) {
 NATTEN_INLINE Vec exp2(Vec x) {
 #if defined(__AVX512DQ__)
   // Both instructions know what to do with infinities and NaN: 8 operations instead of 14.
-  Vec const f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT);
-  return _mm512_scalef_ps(exp2_fraction(f), _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT));
+  keep_in_register(x);  // not contracted with the subtraction, which would find what rounding a huge x has taken away
+  Vec const whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT);
+  return _mm512_scalef_ps(exp2_fraction(x - whole), whole);
 #else
   constexpr float kRounder = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
   Vec const shifted = x + kRounder;
