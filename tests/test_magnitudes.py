@@ -159,6 +159,24 @@ def test_logits_of_mixed_magnitudes(name, policy):
             oracle.assert_close(result.double() / size, right / size, rounding, what)
 
 
+@pytest.mark.parametrize("policy", policies(op="qk"), ids=str)
+def test_unfused_logits_of_mixed_magnitudes(policy):
+    """Weights are products of one key each, and a sum over values has weights of 0 for all but the highest logits."""
+    if policy.obstacle:
+        pytest.skip(policy.obstacle)
+    problem = PROBLEMS["plane"]
+    query, key, value, *rest = mixed_operands(problem, policy.dtype)
+    exact = [t.double() for t in (query, key, value)]
+    expected, _ = oracle.dense(problem, (*exact, *rest), torch.float64)
+    key, value = (t.repeat_interleave(2, -2).movedim(-2, 1) for t in (key, value))
+    query = query.movedim(-2, 1) * problem.scale
+    weights = natten.functional.na2d_qk(query, key, problem.kernel_size, backend=policy.backend)
+    weights = weights.double().softmax(-1).to(policy.dtype)
+    output = natten.functional.na2d_av(weights, value, problem.kernel_size, backend=policy.backend)
+    eps = torch.finfo(policy.precision).eps
+    oracle.assert_close(output.movedim(1, -2), expected, 8 * eps * 3, "output")
+
+
 @contextmanager
 def subnormals_are_zero() -> Iterator[None]:
     """On this thread, the only one that tests run on."""
