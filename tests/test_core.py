@@ -366,8 +366,8 @@ def run(tokens, kernel_size, backend, dim=16):
     query, key, value = (x.movedim(-2, 1) for x in t)
     backend = "gemm" if backend == "fna" else backend
     weights = na2d_qk(query, key, kernel_size, backend=backend)
-    # Not softmax: torch's own takes all threads for it.
-    na2d_av(weights.exp(), value, kernel_size, backend=backend).sum().backward()
+    # Without softmax: torch takes all threads for its own.
+    na2d_av(weights, value, kernel_size, backend=backend).sum().backward()
 
 torch.ones(1, requires_grad=True).exp().backward()  # has a thread of its own
 before = threads()
