@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -157,6 +158,27 @@ def test_logits_of_mixed_magnitudes(name, policy):
         if right is not None:
             size = torch.as_tensor(bound).clamp(min=1e-3)
             oracle.assert_close(result.double() / size, right / size, rounding, what)
+
+
+@pytest.mark.parametrize("masked", [slice(0, 200), slice(100, 300)], ids=["first", "last"])
+def test_masked_keys(masked, policy):
+    """A mask written into a channel: whole parts of a window hold nothing but keys far below the others."""
+    problem = replace(PROBLEMS["line"], kernel_size=(299,), scale=1.0)
+    query, key, value, *rest = mixed_operands(problem, policy.dtype)
+    key.copy_(torch.randint(-3, 4, key.shape) * 2.0)
+    query[..., 0] = 8
+    key[..., 0] = torch.randint(8, 16, key.shape[:-1]).to(key)  # the highest logits are beyond 88
+    lowest = 12 if policy.dtype == torch.float16 else 40
+    powers = torch.randint(lowest - 6, lowest, (1, masked.stop - masked.start, 1)).double()
+    key[:, masked, :, 0] = -(2.0**powers).to(key)
+    exact = [t.double() for t in (query, key, value)]
+    logits_of = torch.float64 if policy.dtype == torch.float64 else torch.float32
+    output, lse = oracle.dense(problem, (*exact, *rest), torch.float64, logits_of=logits_of)
+    assert lse.min() > 88
+    results = call(problem, (query, key, value, *rest), policy.backend)
+    eps = torch.finfo(policy.precision).eps
+    oracle.assert_close(results[0], output, 8 * eps * 3, "output")
+    oracle.assert_close(results[1], lse, max(1e-5, eps * lse.max().item()), "lse")
 
 
 @pytest.mark.parametrize("policy", policies(op="qk"), ids=str)
