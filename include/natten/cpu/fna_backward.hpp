@@ -15,8 +15,13 @@ inline bool has_coarse_lse(BackwardArguments const& arguments) {
   int const lines = problem.axes[1].query_extent, tokens = problem.axes[2].query_extent;
   int const slices = problem.axes[0].query_extent;
   bool const is_dense = lse.stride_head == 1 && lse.stride_axis[2] == problem.heads;
+  // One thread reads the LSE of so many rows in a small part of the time that their gradients take; on a busy machine, a region of
+  // its own for that made the backward pass of a small problem half as long again.
+  constexpr std::int64_t kRowsOfThread = 1 << 20;
+  std::int64_t const worth = 1 + all_tokens(problem, problem.heads, &Axis::query_extent) / kRowsOfThread;
+  int const num_threads = worth < arguments.num_threads ? static_cast<int>(worth) : arguments.num_threads;
   int found = 0;
-  for_each_item(problem.batch * slices, arguments.num_threads, [&](std::int64_t i) {
+  for_each_item(problem.batch * slices, num_threads, [&](std::int64_t i) {
     float const* const slice =
         static_cast<float const*>(lse.data) + i / slices * lse.stride_batch + i % slices * lse.stride_axis[0];
     int coarse = 0;
@@ -29,8 +34,7 @@ inline bool has_coarse_lse(BackwardArguments const& arguments) {
         look_at(line, std::int64_t{tokens} * problem.heads, 1);
         continue;
       }
-      for (int head = 0; head < problem.heads; ++head)
-        look_at(line + head * lse.stride_head, tokens, lse.stride_axis[2]);
+      for (int h = 0; h < problem.heads; ++h) look_at(line + h * lse.stride_head, tokens, lse.stride_axis[2]);
     }
     if (coarse) __atomic_store_n(&found, 1, __ATOMIC_RELAXED);
   });
