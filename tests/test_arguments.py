@@ -120,7 +120,11 @@ WRONG_ARGUMENTS = {
         {"kernel_size": 3, "grid": (6, 8), "query_origin": (0, 1)},
         r"query_origin\[1\] = 1; wanted 0 to 0",
     ),
-    "grid small": ({"kernel_size": 3, "grid": (5, 8)}, r"query_origin\[0\]"),
+    "grid small": (
+        {"kernel_size": 3, "grid": (5, 8)},
+        r"grid\[0\] = 5; wanted at least 6, the query's tokens on axis 0",
+    ),
+    "grid negative": ({"kernel_size": 3, "grid": -1}, r"grid\[0\] = -1; wanted at least 6"),
     "rpb shape": (
         {"kernel_size": 3, "rpb": torch.zeros(4, 5, 6)},
         r"rpb.shape = \(4, 5, 6\); wanted \(4, 5, 5\)",
@@ -137,7 +141,10 @@ WRONG_ARGUMENTS = {
         {"kernel_size": 3, "backend": "cuda"},
         r"backend = 'cuda'; wanted one of 'auto', 'fna'",
     ),
-    "huge": ({"kernel_size": 2**30, "boundary": "mask"}, r"too large"),
+    "huge": (
+        {"kernel_size": 2**20, "dilation": 2**10, "boundary": "mask"},
+        r"kernel_size\[0\] \* dilation\[0\] = 1073741824; wanted at most 536870912",
+    ),
 }
 
 
