@@ -67,12 +67,13 @@ def _runs(
 ) -> bool:
     """Whether a kernel runs a small problem in one of `dtypes`; with `tf32`, one that uses TF32."""
     arch = _arch(device)
-    if arch is None:
+    isa = _dispatch.forced_isa()
+    if arch is None or (arch == 0 and _dispatch.isa_obstacle("cpu", isa)):
         return False
     axis = Axis(extent=8, kernel_size=3, query_extent=8, key_extent=8)
     for dtype in dtypes:
         problem = _C.Problem(dtype, axis, 1, 1, 1, 64, 64, 0, False, 1.0, tf32)
-        rows = _C.candidates(problem, op, backend, _dispatch.forced_isa(), arch)
+        rows = _C.candidates(problem, op, backend, isa, arch)
         if any(not reasons and (kernel.is_tf32 or not tf32) for kernel, reasons in rows):
             return True
     return False
