@@ -212,7 +212,10 @@ def _check_window(i: int, window: Window) -> None:
         reject(f"dilation[{i}]", dilation, "at least 1")
     if is_whole and dilation != 1:
         reject(f"dilation[{i}]", dilation, f"1 with kernel_size[{i}] = -1, the whole axis")
-    _check_stride(i, window.stride, _LARGEST if is_whole else kernel_size)
+    if window.stride < 1:
+        reject(f"stride[{i}]", window.stride, "at least 1")
+    if not is_whole:
+        _check_stride(i, window.stride, kernel_size)
     if not 0 <= window.offset < window.stride:
         reject(f"offset[{i}]", window.offset, f"0 to {window.stride - 1} (stride[{i}] - 1)")
     if kernel_size * dilation > _LARGEST:
@@ -227,7 +230,7 @@ def _check_window(i: int, window: Window) -> None:
 
 
 def _check_stride(i: int, stride: int, kernel_size: int) -> None:
-    if not 1 <= stride <= kernel_size:
+    if stride > kernel_size:
         limit = f"1 to {kernel_size} (kernel_size[{i}])"
         reject(f"stride[{i}]", stride, limit, "tokens would go unattended between windows")
 

@@ -191,7 +191,7 @@ def parse_arch(device: str) -> int:
     """The architecture that a user means by "sm_86"; 0 for "cpu"."""
     if device == "cpu":
         return 0
-    match = re.fullmatch(r"sm_?(\d{2,3})", device.lower())
+    match = re.fullmatch(r"sm_?(\d{2,3})", device.lower()) if isinstance(device, str) else None
     if match is None:
         reject("device", repr(device), "'cpu', or an architecture such as 'sm_86'")
     return int(match[1])

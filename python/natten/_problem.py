@@ -86,8 +86,9 @@ class AvOperands(NamedTuple):
 
 def describe(operands: QkOperands | AvOperands) -> tuple[TensorInfo | None, ...]:
     """What the problem depends on of them."""
+    optional = operands._field_defaults
     return tuple(
-        None if tensor is None else _describe(name, tensor)
+        None if tensor is None and name in optional else _describe(name, tensor)
         for name, tensor in zip(operands._fields, operands, strict=True)
     )
 
@@ -125,7 +126,7 @@ class Problem:
         return len(self.axes)
 
 
-def _describe(name: str, tensor: Tensor) -> TensorInfo:
+def _describe(name: str, tensor: Any) -> TensorInfo:
     # Sparse and nested tensors are turned away here: they have no strides to look at.
     if not isinstance(tensor, Tensor):
         reject(name, type(tensor).__name__, "a torch.Tensor")

@@ -18,6 +18,14 @@ class MemoryUsagePreference(Enum):
     Unrestricted = 2
 
 
+# Of the autotuner, per setting.
+LEAST_STEPS = {
+    "warmup_steps_forward": 0,
+    "warmup_steps_backward": 0,
+    "steps_forward": 1,
+    "steps_backward": 1,
+}
+
 # Called after a change: what forgets the choices that were made under the old settings.
 after_change: list[Callable[[], None]] = []
 
@@ -50,8 +58,11 @@ class _Watched(type):
             kind = type(cls._defaults[name])
             if kind is type(None) and value is not None:
                 kind = bool  # the settings without a default are switches
-            if type(value) is not kind:
-                reject(f"{cls.__name__}.{name}", repr(value), f"a value of type {kind.__name__}")
+            least = LEAST_STEPS.get(name)
+            if type(value) is not kind or (least is not None and value < least):
+                limit = "" if least is None else f" of at least {least}"
+                wanted = f"a value of type {kind.__name__}{limit}"
+                reject(f"{cls.__name__}.{name}", repr(value), wanted)
         for name, value in values.items():
             type.__setattr__(cls, name, value)
         for call in after_change:

@@ -19,16 +19,19 @@ _PATIENCE = 10
 
 def find(key: str) -> tuple[int, ...] | None:
     """What is kept under a key, if anything is."""
-    return _read(_path()).get(key)
+    try:
+        return _read(_path()).get(key)
+    except OSError:
+        return None
 
 
 def keep(key: str, shapes: tuple[int, ...]) -> None:
     """Adds an entry to the file; warns if that cannot be."""
     import filelock  # it takes as long to import as a tenth of this package, and is needed on few machines
 
-    path = _path()
-    fresh = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
+        path = _path()
+        fresh = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(path.with_name(f"{path.name}.lock"), timeout=_PATIENCE):
             entries = {**_read(path), key: shapes}
@@ -46,7 +49,10 @@ def _path() -> Path:
     folder = os.environ.get("NATTEN_CACHE_DIR")
     if folder:
         return Path(folder) / "tile_shapes.json"
-    caches = os.environ.get("XDG_CACHE_HOME") or Path("~").expanduser() / ".cache"
+    try:
+        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:  # the user has no home
+        raise OSError(error) from error
     return Path(caches) / "natten" / "tile_shapes.json"
 
 

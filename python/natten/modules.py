@@ -164,6 +164,8 @@ class _NeighborhoodAttention(nn.Module):
             reject(f"{name}: x", type(x).__name__, "a torch.Tensor")
         if x.dim() != self.rank + 2:
             reject(f"{name}: x.ndim", x.dim(), f"{self.rank + 2}: [batch, *grid, channels]")
+        if not x.is_floating_point():
+            reject(f"{name}: x.dtype", x.dtype, "a floating point type", "convert it")
         channels = getattr(self.qkv, "in_features", None)
         if channels is not None and x.shape[-1] != channels:
             is_first = x.shape[1] == channels
