@@ -55,6 +55,7 @@ def test_dir_lists_what_is_imported_when_it_is_asked_for():
         "names = set(dir(natten))\n"
         "assert names >= {*natten.__all__, *natten._LAZY, 'functional', 'context'}, names\n"
         "assert 'natten.varlen' not in sys.modules\n"
+        "import warnings; warnings.simplefilter('ignore', DeprecationWarning)\n"
         "assert all(hasattr(natten, name) for name in names)\n"
     )
     python(code)

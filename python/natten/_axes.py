@@ -77,6 +77,9 @@ def number(name: str, value: Any) -> float:
 
 def boolean(name: str, value: Any) -> bool:
     """`value`, which must be True or False: of Python, numpy or torch."""
+    if isinstance(value, (bool, torch.SymBool)):
+        # Where it depends on a size, torch.compile makes a constant of it by a branch, and by nothing else.
+        return True if value else False  # noqa: SIM210
     if not _is_boolean(value) or getattr(value, "ndim", 0) != 0:
         reject(name, repr(value), "True or False")
     return bool(value)
@@ -90,14 +93,16 @@ def _boundary(name: str, value: Any) -> int:
 
 def per_axis(name: str, value: Any, rank: int) -> tuple[Any, ...]:
     """`value`, a scalar for all axes or one value per axis, as one value per axis."""
+    if isinstance(value, (int, str, torch.SymInt, torch.SymBool)):
+        return (value,) * rank
     dims = getattr(value, "ndim", None)  # of an array or tensor
     if isinstance(value, (tuple, list)) or (
-        isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+        isinstance(value, Sequence) and not isinstance(value, bytes)
     ):
         values = tuple(value)
     elif dims == 1:
         values = tuple(value.tolist())
-    elif dims == 0 or isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+    elif dims == 0 or isinstance(value, bytes) or not isinstance(value, Iterable):
         return (value,) * rank
     else:  # it has no order, can be read but once, or is a table
         reject(name, value, f"one value, or a tuple or list of {rank} (one per axis of the grid)")

@@ -269,7 +269,7 @@ def use_autotuner(
 
     Without it, tile shapes are chosen by their exact cost. With it, the first call of a problem on a kind of GPU times
     the cheapest tile shapes (in thorough mode all of them), and remembers the fastest on disk, in
-    ``$NATTEN_CACHE_DIR`` or ``~/.cache/natten``. On the CPU there is nothing to search, and nothing happens.
+    ``$NATTEN_CACHE_DIR`` or ``natten`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. On the CPU there is nothing to search, and nothing happens.
 
     Args:
         forward_pass: Whether forward passes search.
