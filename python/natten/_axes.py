@@ -179,6 +179,23 @@ class Window(NamedTuple):
     offset: int
 
 
+class OtherLayout(NamedTuple):
+    """What the tensors would be if their heads were where they are not expected.
+
+    Tensors of both layouts have as many dims, and those of the wrong one are noticed, if at all, by sizes that do not fit.
+    """
+
+    extents: tuple[int, ...]  # of the grid
+    remedy: str
+
+    def hint(self, windows: tuple[Window, ...]) -> str:
+        """The remedy if the windows fit that grid. Asked for in errors only: under torch.compile, sizes are symbolic."""
+        for window, extent in zip(windows, self.extents, strict=True):
+            if window.kernel_size * window.dilation > extent:
+                return ""
+        return self.remedy
+
+
 def normalize_windows(
     rank: int,
     kernel_size: IntPerAxis,
@@ -240,8 +257,8 @@ def _check_stride(i: int, stride: int, kernel_size: int) -> None:
         reject(f"stride[{i}]", stride, limit, "tokens would go unattended between windows")
 
 
-def _check_fit(i: int, axis: Axis, hint: str) -> None:
-    """Checks the windows against the extent. `hint` is what else may be wrong if they do not fit."""
+def _check_fit(i: int, axis: Axis, windows: tuple[Window, ...], other: OtherLayout) -> None:
+    """Checks the windows against the extent."""
     extent, kernel_size, dilation = axis.extent, axis.kernel_size, axis.dilation
     if extent > _LARGEST:
         reject(f"extent[{i}]", extent, f"at most {_LARGEST}")
@@ -253,17 +270,16 @@ def _check_fit(i: int, axis: Axis, hint: str) -> None:
                 "; where a sequence grows step by step against a cache, boundary 'mask' in all steps: it takes axes "
                 "of any extent, and without stride its causal windows are the same"
             )
+        hint = other.hint(windows)
         reject(
             f"kernel_size[{i}] * dilation[{i}]",
             f"{kernel_size} * {dilation}",
             f"at most {extent}, the extent of axis {i}",
-            f"{remedy}{hint}",
+            f"{remedy}; {hint}" if hint else remedy,
         )
 
 
 def _check_box(i: int, what: str, extent: int, origin: int, size: int) -> None:
-    if size > extent:
-        reject(f"grid[{i}]", extent, f"at least {size}, the {what}'s tokens on axis {i}")
     if origin < 0 or origin + size > extent:
         reject(
             f"{what}_origin[{i}]",
@@ -300,19 +316,20 @@ def normalize_axes(
     query_origin: IntPerAxis | None,
     key_origin: IntPerAxis | None,
     windows: tuple[Window, ...],
-    hint: str,
+    other: OtherLayout,
 ) -> tuple[tuple[Axis, ...], tuple[int, ...]]:
     """The axes that these arguments mean, and where the query tensor begins on each.
 
-    `query_extents` and `key_extents` are those of the tensors, or boxes; `hint` is what else may be wrong if windows do
-    not fit.
+    `query_extents` and `key_extents` are those of the tensors, or boxes.
     """
     rank = len(windows)
     whole = None if grid is None else integers("grid", grid, rank)
     extents = query_extents if whole is None else whole
     for what, sizes in (("query", query_extents), ("key", key_extents)):
         for i in range(rank):
-            _check_box(i, what, extents[i], 0, sizes[i])
+            if sizes[i] > extents[i]:
+                wanted = f"at least {sizes[i]}, the {what}'s tokens on axis {i}"
+                reject(f"grid[{i}]", extents[i], wanted)
     query_origins = _origins("query_origin", query_origin, query_extents, whole)
     key_origins = _origins("key_origin", key_origin, key_extents, whole)
 
@@ -333,7 +350,7 @@ def normalize_axes(
             axis = axis._replace(
                 kernel_size=1 if is_empty else axis.extent, boundary=_MASK if is_empty else _SHIFT
             )
-        _check_fit(i, axis, hint)
+        _check_fit(i, axis, windows, other)
         _check_box(i, "query", axis.extent, axis.query_origin, axis.query_extent)
         _check_box(i, "key", axis.extent, axis.key_origin, axis.key_extent)
         axes.append(_only_queries(i, axis) if axis.boundary == VALID else axis)

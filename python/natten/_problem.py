@@ -16,8 +16,8 @@ from natten._axes import (
     Axis,
     BoolPerAxis,
     IntPerAxis,
+    OtherLayout,
     StrPerAxis,
-    Window,
     boolean,
     normalize_axes,
     normalize_windows,
@@ -260,15 +260,8 @@ def _check_rpb(
         reject("rpb.device", rpb.device, f"{query.device}, as the query", "move one")
 
 
-# Tensors of both layouts have as many dims, and those of the wrong one are noticed, if at all, by sizes that do not fit.
 _IF_HEADS_FIRST = "if the tensors are heads first, [batch, heads, *grid, head_dim], pass tensor.movedim(1, -2) of each"
 _IF_HEADS_LAST = "if the tensors are heads last, [batch, *grid, heads, head_dim], pass tensor.movedim(-2, 1) of each"
-
-
-def _hint(extents: tuple[int, ...], windows: tuple[Window, ...], text: str) -> str:
-    """`text`, to be appended to a remedy, if the windows fit a grid of these extents."""
-    fit = [w.kernel_size * w.dilation <= n for w, n in zip(windows, extents, strict=True)]
-    return f"; {text}" if all(fit) else ""
 
 
 def normalize(
@@ -306,20 +299,21 @@ def normalize(
             "value.shape[1:-2]", tuple(value.shape[1:-2]), f"{tuple(key_extents)}, the key's grid"
         )
     windows = normalize_windows(rank, kernel_size, stride, dilation, is_causal, boundary, offset)
-    hint = _hint(query.shape[2:-1], windows, _IF_HEADS_FIRST)
+    other = OtherLayout(query.shape[2:-1], _IF_HEADS_FIRST)
     if grid is None and query_extents != key_extents:
-        others = "if they are boxes of a larger grid, pass grid, query_origin and key_origin"
+        remedy = "if they are boxes of a larger grid, pass grid, query_origin and key_origin"
+        hint = other.hint(windows) if query_extents[1:] == key_extents[1:] else ""
         reject(
             "key.shape[1:-2]",
             tuple(key_extents),
             f"{tuple(query_extents)}, the query's grid",
-            others + (hint if query_extents[1:] == key_extents[1:] else ""),
+            f"{remedy}; {hint}" if hint else remedy,
         )
     axes, query_origins = normalize_axes(
-        query_extents, key_extents, grid, query_origin, key_origin, windows, hint
+        query_extents, key_extents, grid, query_origin, key_origin, windows, other
     )
     if rpb is not None:
-        _check_rpb(rpb, axes, common.heads, query, hint.removeprefix("; "))
+        _check_rpb(rpb, axes, common.heads, query, other.remedy)
     return _problem("forward", query, common, axes, query_origins, has_rpb=rpb is not None)
 
 
@@ -423,8 +417,8 @@ def _check_unfused(
                 )
     extents = tuple(second.shape[2:-1])
     windows = normalize_windows(rank, *arguments)
-    hint = _hint(second.shape[1:-2], windows, _IF_HEADS_LAST)
-    axes, _ = normalize_axes(extents, extents, None, None, None, windows, hint)
+    other = OtherLayout(second.shape[1:-2], _IF_HEADS_LAST)
+    axes, _ = normalize_axes(extents, extents, None, None, None, windows, other)
     return _Common(first.shape[0], heads, heads_kv, head_dim, head_dim, count, 1.0), axes
 
 
