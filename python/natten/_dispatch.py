@@ -88,6 +88,7 @@ class use_backend(ContextDecorator):
     - A generator shares the context of whoever asks it for values: a ``with`` around a ``yield`` holds for the caller,
       too, until the generator goes on. It belongs between two values, or around the loop that asks for them.
     - Gradients are computed by the backend of the forward pass, wherever they are asked for.
+    - torch.compile obeys what is in force when its graph runs; a ``with`` inside of what it compiles breaks the graph.
 
     Args:
         name: ``"auto"``, ``"fna"``, ``"gemm"`` (of the unfused operations), ``"naive"``, ``"flex"`` or
