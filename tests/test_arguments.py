@@ -601,6 +601,22 @@ def test_gradients_are_of_the_backend_of_the_forward_pass(used, monkeypatch):
     assert [name.partition("_")[0] for name in (*used, *kernels)] == ["naive", "naive"]
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo (detected a call to|does not know how):UserWarning")
+def test_use_backend_inside_what_is_compiled(used):
+    def function(x):
+        with natten.use_backend("naive"):
+            output = natten.na1d(x, x, x, 3)
+        return output + natten.na1d(x, x, x, 3)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="eager")
+    for _ in range(2):
+        used.clear()
+        compiled(X)
+        assert [name.partition("_")[0] for name in used] == ["naive", "fna"]
+    torch._dynamo.reset()
+
+
 def test_use_backend_is_of_a_task():
     async def one(name, others):
         with natten.use_backend(name):
