@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from multiprocessing.pool import ThreadPool
 
 import pytest
 import torch
 
 import natten
-from natten import _C
+from natten import _C, functional, info
 from natten._axes import Axis
 
 pytestmark = pytest.mark.cpu  # messages, and choices among the CPU's kernels
@@ -120,7 +121,11 @@ WRONG_ARGUMENTS = {
         {"kernel_size": 3, "grid": (6, 8), "query_origin": (0, 1)},
         r"query_origin\[1\] = 1; wanted 0 to 0",
     ),
-    "grid small": ({"kernel_size": 3, "grid": (5, 8)}, r"query_origin\[0\]"),
+    "grid small": (
+        {"kernel_size": 3, "grid": (5, 8)},
+        r"grid\[0\] = 5; wanted at least 6, the query's tokens on axis 0",
+    ),
+    "grid negative": ({"kernel_size": 3, "grid": -1}, r"grid\[0\] = -1; wanted at least 6"),
     "rpb shape": (
         {"kernel_size": 3, "rpb": torch.zeros(4, 5, 6)},
         r"rpb.shape = \(4, 5, 6\); wanted \(4, 5, 5\)",
@@ -137,7 +142,10 @@ WRONG_ARGUMENTS = {
         {"kernel_size": 3, "backend": "cuda"},
         r"backend = 'cuda'; wanted one of 'auto', 'fna'",
     ),
-    "huge": ({"kernel_size": 2**30, "boundary": "mask"}, r"too large"),
+    "huge": (
+        {"kernel_size": 2**20, "dilation": 2**10, "boundary": "mask"},
+        r"kernel_size\[0\] \* dilation\[0\] = 1073741824; wanted at most 536870912",
+    ),
 }
 
 
@@ -223,6 +231,151 @@ def test_good_spellings():
     assert torch.equal(
         natten.na2d(QUERY, QUERY, QUERY, 3, None), natten.na2d(QUERY, QUERY, QUERY, 3)
     )
+
+
+@pytest.mark.parametrize("make", ["numpy", "torch"])
+def test_numbers_of_other_libraries(make):
+    """As scalars, as arrays of one for each axis, and as scalars in a list; read anew in each call."""
+    library = pytest.importorskip(make)
+    array = library.array if make == "numpy" else library.tensor
+    expected = natten.na2d(QUERY, QUERY, QUERY, (3, 5), 2, is_causal=(True, False))
+    flags = array([True, False])
+    for sizes, stride, is_causal in (
+        (array([3, 5]), array(2), flags),
+        ([array(3), array(5)], array([2, 2]), [flags[0], flags[1]]),
+        ((3, array([5])[0]), [array(2), 2], (True, flags[1])),
+    ):
+        for _ in range(2):
+            output = natten.na2d(QUERY, QUERY, QUERY, sizes, stride, is_causal=is_causal)
+            assert torch.equal(output, expected)
+    sizes, flags = array([3, 5]), array([True, True])
+    natten.na2d(QUERY, QUERY, QUERY, sizes, is_causal=flags)
+    sizes[1], flags[0] = 3, False
+    assert torch.equal(
+        natten.na2d(QUERY, QUERY, QUERY, sizes, is_causal=flags),
+        natten.na2d(QUERY, QUERY, QUERY, 3, is_causal=(False, True)),
+    )
+    assert torch.equal(
+        natten.attention(X, X, X, is_causal=array(True)), natten.attention(X, X, X, is_causal=True)
+    )
+    module = natten.NeighborhoodAttention2D(
+        array(16), array(2), array([3, 5]), is_causal=array([True, False])
+    )
+    assert (module.kernel_size, module.is_causal) == ((3, 5), (True, False))
+
+
+def test_symbolic_flags():
+    """Whether it is causal may depend on a size that torch.compile traces."""
+    torch._dynamo.reset()
+
+    def function(x):
+        return natten.na1d(x, x, x, 3, is_causal=x.shape[1] > 10)
+
+    compiled = torch.compile(function, dynamic=True, fullgraph=True, backend="eager")
+    for length in (8, 9, 12, 13):
+        x = torch.randn(1, length, 1, 4)
+        assert torch.equal(compiled(x), function(x))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", ["fna", "naive", "reference"])
+@pytest.mark.parametrize("window", [{}, {"is_causal": True}, {"boundary": "valid"}])
+def test_whole_axis_without_tokens(backend, window):
+    empty = torch.randn(2, 0, 3, 2, 8, requires_grad=True)
+    output, lse = natten.na2d(
+        empty, empty, empty, (-1, 3), backend=backend, return_lse=True, **window
+    )
+    length = 1 if window.get("boundary") == "valid" else 3
+    assert (output.shape, lse.shape) == ((2, 0, length, 2, 8), (2, 0, length, 2))
+    output.sum().backward()
+    assert empty.grad.shape == empty.shape
+    # With additional keys there is still no query.
+    more = torch.randn(2, 4, 2, 8)
+    natten.na2d(empty, empty, empty, -1, additional_keys=more, additional_values=more)
+
+
+HINTS = {
+    # A window that fits the grid if the tensors are heads first.
+    "heads first": (lambda x: natten.na2d(x, x, x, 7), r"heads first.*movedim\(1, -2\)"),
+    "grouped": (
+        lambda x: natten.na2d(x, x[:, :2], x[:, :2], 7),
+        r"key.shape\[1:-2\].*heads first.*movedim\(1, -2\)",
+    ),
+    "bias": (
+        lambda x: natten.na2d(x, x, x, 3, rpb=torch.zeros(4, 5, 5)),
+        r"rpb.shape.*heads first.*movedim\(1, -2\)",
+    ),
+    "heads last": (
+        lambda x: functional.na2d_qk(x.movedim(1, -2), x.movedim(1, -2), 7),
+        r"heads last.*movedim\(-2, 1\)",
+    ),
+    "weights": (
+        lambda x: functional.na2d_av(x.new_zeros(1, 16, 16, 4, 49), x.movedim(1, -2), 7),
+        r"heads last.*movedim\(-2, 1\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HINTS)
+def test_hints_about_the_layout(case):
+    call, match = HINTS[case]
+    with pytest.raises(ValueError, match=match):
+        call(torch.randn(1, 4, 16, 16, 8))
+
+
+def test_no_hint_where_the_layout_is_no_remedy():
+    x = torch.randn(1, 4, 16, 16, 8)
+    for call in (
+        lambda: natten.na2d(x, x, x, 17),
+        lambda: natten.na2d(x, x[:, :, :3], x[:, :, :3], 3),
+        lambda: natten.na2d(x, x, x, 3, rpb=torch.zeros(5, 5, 5)),
+        lambda: functional.na2d_qk(x, x, 17),
+    ):
+        with pytest.raises(ValueError, match="wanted") as raised:
+            call()
+        assert "movedim" not in str(raised.value)
+
+
+def test_streaming_from_the_first_step():
+    """What the error of the first step asks for is what makes all steps right."""
+    query, key, value = tensors(1, 9, 2, 8)
+    with pytest.raises(ValueError, match="against a cache, boundary 'mask' in all steps"):
+        natten.na1d(query[:, :1], key[:, :1], value[:, :1], 4, is_causal=True)
+    with pytest.raises(ValueError, match="wanted at most 3") as raised:
+        natten.na1d(query[:, :3], key[:, :3], value[:, :3], 4)
+    assert "cache" not in str(raised.value)
+    whole = natten.na1d(query, key, value, 4, is_causal=True)
+    for i in range(9):
+        first = max(0, i - 3)
+        output = natten.na1d(
+            query[:, i : i + 1],
+            key[:, first : i + 1],
+            value[:, first : i + 1],
+            4,
+            is_causal=True,
+            boundary="mask",
+            grid=i + 1,
+            query_origin=i,
+            key_origin=first,
+        )
+        assert torch.allclose(output, whole[:, i : i + 1], atol=1e-6)
+
+
+def test_a_box_says_where_it_begins():
+    """Left out, an origin can only be that of the whole grid."""
+    query, key, value = tensors(1, 11, 2, 8)
+    whole = natten.na1d(query, key, value, 3)
+    alone = query[:, 10:], key, value
+    with pytest.raises(ValueError, match=r"query_origin = None; wanted the first of the 1 tokens"):
+        natten.na1d(*alone, 3, grid=11)
+    output = natten.na1d(*alone, 3, grid=11, query_origin=10)
+    assert torch.allclose(output, whole[:, 10:], atol=1e-6)
+    halo = query[:, 4:6], key[:, 3:7], value[:, 3:7]
+    with pytest.raises(ValueError, match=r"key_origin = None; wanted the first of the 4 tokens"):
+        natten.na1d(*halo, 3, grid=11, query_origin=4)
+    output = natten.na1d(*halo, 3, grid=11, query_origin=4, key_origin=3)
+    assert torch.allclose(output, whole[:, 4:6], atol=1e-6)
+    assert torch.equal(natten.na1d(query, key, value, 3, grid=11), whole)
 
 
 def test_whole_axis():
@@ -338,6 +491,132 @@ def test_use_backend_is_of_a_thread(used):
     assert used[-1].startswith("fna")
 
 
+def test_use_backend_is_not_inherited_by_a_pool():
+    def backend(_):
+        return natten.explain(X, X, X, 3).selected.backend
+
+    with natten.use_backend("naive"), ThreadPool(2) as pool:
+        assert set(pool.map(backend, range(4))) == {"fna"}
+        with natten.use_backend("reference"):
+            assert set(pool.map(natten.use_backend("naive")(backend), range(4))) == {"naive"}
+            assert backend(0) == "reference"
+
+
+def test_use_backend_in_a_generator():
+    """It shares the context of its caller; around what lies between two values it is its own."""
+
+    def backend():
+        return natten.explain(X, X, X, 3).selected.backend
+
+    def around_a_value():
+        with natten.use_backend("naive"):
+            yield backend()
+        yield backend()
+
+    def between_values():
+        for _ in range(2):
+            with natten.use_backend("naive"):
+                value = backend()
+            yield value
+
+    generator = around_a_value()
+    assert (next(generator), backend()) == ("naive", "naive")
+    assert (next(generator), backend()) == ("fna", "fna")
+    abandoned = around_a_value()
+    next(abandoned)
+    abandoned.close()
+    assert backend() == "fna"
+    generator = between_values()
+    with natten.use_backend("reference"):
+        assert (next(generator), backend()) == ("naive", "reference")
+    assert (next(generator), backend()) == ("naive", "fna")
+
+
+def test_use_backend_as_a_decorator():
+    @natten.use_backend("naive")
+    def recursive(depth):
+        found = natten.explain(X, X, X, 3).selected.backend
+        return [found] + (recursive(depth - 1) if depth else [])
+
+    assert recursive(2) == ["naive"] * 3
+    assert natten.explain(X, X, X, 3).selected.backend == "fna"
+
+    async def coroutine():
+        pass
+
+    async def asynchronous():
+        yield
+
+    for function in (coroutine, asynchronous, lambda: (yield)):
+        with pytest.raises(
+            ValueError, match="a function that runs when it is called: write `with`"
+        ):
+            natten.use_backend("naive")(function)
+
+
+def test_use_backend_by_itself_checks_the_name_and_warns():
+    with pytest.raises(ValueError, match="backend = 'naiv'; wanted one of"):
+        natten.use_backend("naiv")
+    with pytest.warns(RuntimeWarning, match=r"use_backend\('naive'\) was never entered") as caught:
+        natten.use_backend("naive")
+    assert caught[0].filename == __file__
+    assert natten.explain(X, X, X, 3).selected.backend == "fna"
+
+
+class Backends(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return natten._dispatch.backend_in_force()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize(("context", "expected"), [("fork", "naive"), ("spawn", "auto")])
+def test_use_backend_and_workers_of_a_loader(context, expected):
+    """What is in force where iteration begins; the dataset's own choice is stronger in any case."""
+    loader = torch.utils.data.DataLoader(
+        Backends(), num_workers=1, batch_size=None, multiprocessing_context=context
+    )
+    with natten.use_backend("naive"):
+        workers = iter(loader)
+    assert list(workers) == [expected] * 2
+
+
+def test_gradients_are_of_the_backend_of_the_forward_pass(used, monkeypatch):
+    kernels = []
+    original = _C.backward
+    monkeypatch.setattr(
+        _C,
+        "backward",
+        lambda problem, kernel, *rest: (kernels.append(kernel), original(problem, kernel, *rest))[
+            1
+        ],
+    )
+    x = X.clone().requires_grad_()
+    with natten.use_backend("naive"):
+        output = natten.na1d(x, x, x, 3)
+    with natten.use_backend("fna"):
+        output.sum().backward()
+    assert [name.partition("_")[0] for name in (*used, *kernels)] == ["naive", "naive"]
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo (detected a call to|does not know how):UserWarning")
+def test_use_backend_inside_what_is_compiled(used):
+    def function(x):
+        with natten.use_backend("naive"):
+            output = natten.na1d(x, x, x, 3)
+        return output + natten.na1d(x, x, x, 3)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="eager")
+    for _ in range(2):
+        used.clear()
+        compiled(X)
+        assert [name.partition("_")[0] for name in used] == ["naive", "fna"]
+    torch._dynamo.reset()
+
+
 def test_use_backend_is_of_a_task():
     async def one(name, others):
         with natten.use_backend(name):
@@ -412,9 +691,26 @@ def test_forced_isa(isa, used, monkeypatch):
 
 
 def test_forced_isa_that_is_not_there(monkeypatch):
+    """It stops what would run on the CPU's kernels, and nothing else; nothing slow stands in."""
+    expected = natten.na1d(X, X, X, 3)
     monkeypatch.setenv("NATTEN_CPU_ISA", "avx1024")
-    with pytest.raises(ValueError, match="NATTEN_CPU_ISA = 'avx1024'"):
-        natten.na1d(X, X, X, 3)
+    match = "NATTEN_CPU_ISA = 'avx1024' is not an instruction set that this CPU can run"
+    for backend in (None, "fna", "naive", f"fna:{(*_C.cpu_isas(), 'auto')[0]}"):
+        with pytest.raises(ValueError, match=match):
+            natten.na1d(X, X, X, 3, backend=backend)
+        explanation = natten.explain(X, X, X, 3, backend=backend)
+        assert explanation.selected is None
+        assert match in str(explanation)
+    with pytest.raises(ValueError, match=match):
+        functional.na1d_qk(X.movedim(-2, 1), X.movedim(-2, 1), 3)
+    for backend in ("reference", "flex"):
+        assert torch.allclose(natten.na1d(X, X, X, 3, backend=backend), expected, atol=1e-5)
+        assert natten.explain(X, X, X, 3, backend=backend).selected.backend == backend
+    meta = X.to("meta")
+    assert natten.na1d(meta, meta, meta, 3).shape == X.shape
+    assert natten.explain(X, X, X, 3, device="sm_80").candidates
+    assert not natten.has_fna("cpu")
+    assert match in info.report()
 
 
 def test_on_a_device_without_kernels(monkeypatch):

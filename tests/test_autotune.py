@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import os
 import subprocess
 import sys
+import threading
 from itertools import product
 
 import pytest
@@ -17,7 +20,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import natten
-from natten import _autotune, _dispatch
+from natten import _autotune, _dispatch, _tile_cache
 from natten.context import AutotunerContext, NattenContext
 from tests.policies import EMULATION
 from tests.test_libraries import Launch, build
@@ -157,20 +160,80 @@ def test_the_next_process_knows(policy, runs, folder):
     facts = json.loads(key)
     assert (facts["op"], facts["backend"]) == ("forward", policy)
     assert facts["kernels"] == ["tuned_forward"]
-    assert list(folder.iterdir()) == [file]  # nothing half-written is left
+    # Nothing half-written is left.
+    assert {path.name for path in folder.iterdir()} == {file.name, f"{file.name}.lock"}
     _autotune._chosen.clear()
     assert attend(policy) == used
     assert len(runs) == count
     attend(policy, kernel_size=(3, 3))
     assert len(json.loads(file.read_text())) == 2
-    # A file that is not ours, or damaged, counts as none.
-    for text in ("{", "[1, 2]"):
+    # A file or an entry that is not ours, or damaged, counts as none, and is written anew.
+    others = {"another": [8, 8]}
+    texts = ["{", "[1, 2]", "[" * 100_000, '{"a": ' * 100_000, "\x00", "1" * 5000]
+    texts += [
+        json.dumps({**others, key: entry})
+        for entry in (None, "8", 64, {}, [], [1], [8, 8], [1, 64, 1.0, 32], [True, 64, 1, 32])
+    ]
+    texts += [json.dumps({**others, key: [1, OWN, 1, side]}) for side in (-32, 0, 31, 10**30)]
+    for text in texts:
         file.write_text(text)
         _autotune._chosen.clear()
         before = len(runs)
         assert attend(policy) == used
-        assert len(runs) == before + count
-        assert json.loads(file.read_text())
+        assert len(runs) == before + count, text[:100]
+        found = json.loads(file.read_text())
+        assert math.prod(found.pop(key)) == OWN * STREAMED
+        assert found in ({}, others)
+
+
+def write_entries(number, count):
+    for i in range(count):
+        _tile_cache.keep(f"{number}, {i}", (number + 1, i + 1))
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_many_processes_and_threads_write_at_once(folder):
+    """Of 3 processes, each with 2 threads, nothing is lost."""
+
+    def work(number):
+        threads = [
+            threading.Thread(target=write_entries, args=(2 * number + i, 20)) for i in (0, 1)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(number,)) for number in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 3
+    expected = {f"{number}, {i}": [number + 1, i + 1] for number in range(6) for i in range(20)}
+    assert json.loads((folder / "tile_shapes.json").read_text()) == expected
+    assert _tile_cache.find("5, 19") == (6, 20)
+    assert len(list(folder.iterdir())) == 2  # the file, and its lock
+
+
+def test_where_it_is_kept(monkeypatch, tmp_path):
+    monkeypatch.delenv("NATTEN_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert _tile_cache._path() == tmp_path / "home" / ".cache" / "natten" / "tile_shapes.json"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    assert _tile_cache._path() == tmp_path / "caches" / "natten" / "tile_shapes.json"
+    _tile_cache.keep("key", (1, 2))
+    assert _tile_cache.find("key") == (1, 2)
+
+
+def test_nobody_waits_for_a_file_that_is_none(folder):
+    folder.mkdir()
+    os.mkfifo(folder / "tile_shapes.json")
+    assert _tile_cache.find("key") is None
+    _tile_cache.keep("key", (1, 2))
+    assert _tile_cache.find("key") == (1, 2)
 
 
 def test_a_folder_that_cannot_be_written(policy, runs, tmp_path, monkeypatch):

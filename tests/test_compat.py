@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import importlib.util
+import inspect
 import math
+import pickle
 import subprocess
 import sys
 import warnings
@@ -94,6 +97,46 @@ def test_every_name_is_there(module):
     found = importlib.import_module(module)
     for name in NAMES[module].split():
         assert hasattr(found, name), f"{module}.{name}"
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_modules_that_are_functions_now(rank):
+    """natten.na2d is a function, and what 0.17 kept in the module of that name is imported from there all the same."""
+    name, old = f"na{rank}d", f"NeighborhoodAttention{rank}D"
+    function = getattr(natten, name)
+    for line in (f"from natten.{name} import {old} as found", f"from natten.{name} import *"):
+        names: dict[str, object] = {}
+        exec(line, names)  # noqa: S102
+        assert names.get("found", names.get(old)) is getattr(natten, old)
+    module = importlib.import_module(f"natten.{name}")
+    assert module is sys.modules[f"natten.{name}"]
+    assert getattr(module, name) is function
+    assert getattr(natten, name) is function
+    assert importlib.util.find_spec(f"natten.{name}").name == f"natten.{name}"
+    assert old in dir(module)
+    with pytest.raises(ImportError, match=f"cannot import name 'nope' from 'natten.{name}'"):
+        exec(f"from natten.{name} import nope", {})  # noqa: S102
+    assert pickle.loads(pickle.dumps(function)) is function
+    assert inspect.getmodule(function) is functional
+
+
+def test_former_modules_after_a_reload():
+    code = (
+        "import importlib, natten\n"
+        "function = natten.na2d\n"
+        "import natten.na2d\n"
+        "assert natten.na2d is function\n"
+        "importlib.reload(natten)\n"
+        "from natten.na2d import NeighborhoodAttention2D\n"
+        "assert natten.na2d is function\n"
+        "from natten.na2d import na2d\n"
+        "assert na2d is function\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("natten.na2d.NeighborhoodAttention2D is an old name") <= 1
 
 
 def test_names_are_exported():

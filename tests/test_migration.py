@@ -6,8 +6,13 @@ from __future__ import annotations
 import importlib
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch.nn import functional
+
+from tests.oracle import assert_close
 
 PAGE = (Path(__file__).parents[1] / "docs" / "migration.md").read_text()
 THERE, NOT_THERE = PAGE.split("## What is not there")
@@ -32,9 +37,32 @@ def find(name: str) -> object:
 def test_examples_run() -> None:
     names: dict[str, object] = {}
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(compile(block, "migration.md", "exec"), names)  # noqa: S102
+
+
+def test_windows_of_flash_attention() -> None:
+    """What the last example computes is attention under the mask that (left, right) says."""
+    names: dict[str, Any] = {}
+    (*_, block) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    exec(compile(block, "migration.md", "exec"), names)  # noqa: S102
+    query, key, value = (names[name].transpose(1, 2).double() for name in ("q", "k", "v"))
+    place = torch.arange(query.shape[2])
+    distance = place[None] - place[:, None]
+    left, right = names["left"], names["right"]
+    for name, before, behind in (
+        ("both", left, left),
+        ("even", left, left - 1),
+        ("causal", left, 0),
+        ("uneven", left, right),
+        ("long", 1000, 1000),
+        ("streamed", left, 0),
+    ):
+        mask = (-before <= distance) & (distance <= behind)
+        expected = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        output = names[name].transpose(1, 2)
+        assert_close(output, expected[:, :, -output.shape[2] :], 1e-5)
 
 
 def test_names_are_there() -> None:

@@ -229,6 +229,144 @@ def test_wrong_constructors(settings, match):
         natten.NeighborhoodAttention1D(**settings)
 
 
+class LowRank(torch.nn.Module):
+    """A linear layer and its low-rank update."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+        self.down = torch.nn.Linear(16, 4, bias=False)
+        self.up = torch.nn.Linear(4, 48, bias=False)
+
+    def forward(self, x):
+        return self.linear(x) + self.up(self.down(x))
+
+
+class Transposed(torch.nn.Sequential):
+    """What it returns has other strides."""
+
+    def forward(self, x):
+        return super().forward(x).movedim(-1, 0).contiguous().movedim(0, -1)
+
+
+@pytest.mark.parametrize("kind", ["low rank", "sequential", "transposed", "parametrized"])
+def test_wrapped_projections(kind):
+    """Whatever makes queries, keys and values will do."""
+    module = natten.NeighborhoodAttention2D(16, 2, 3, rel_pos_bias=True)
+    x = torch.randn(2, 5, 6, 16)
+    expected = module(x)
+    if kind == "low rank":
+        module.qkv = LowRank(module.qkv)
+        torch.nn.init.zeros_(module.qkv.up.weight)
+        module.proj = torch.nn.Sequential(module.proj)
+    elif kind == "sequential":
+        module.qkv = torch.nn.Sequential(torch.nn.Identity(), module.qkv)
+    elif kind == "transposed":
+        module.qkv = Transposed(module.qkv)
+    else:
+        torch.nn.utils.parametrizations.orthogonal(module.proj)
+        expected = module(x)
+    assert torch.equal(module(x), expected)
+    output, weights = module(x, return_weights=True)
+    assert_close(output, expected, 1e-5)
+    assert weights.shape == (2, 2, 5, 6, 9)
+    module.qkv = torch.nn.Sequential(torch.nn.Linear(16, 32))
+    match = r"qkv\(x\).shape = \(2, 5, 6, 32\); wanted \(2, 5, 6, 48\)"
+    with pytest.raises(ValueError, match=match):
+        module(x)
+    with pytest.raises(ValueError, match=r"x.shape\[-1\] = 6; wanted 16: channels come last"):
+        natten.NeighborhoodAttention2D(16, 2, 3)(x.movedim(-1, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_device_and_dtype(dtype):
+    settings = {"dim": 16, "num_heads": 2, "kernel_size": 3, "rel_pos_bias": True}
+    module = natten.NeighborhoodAttention1D(**settings, dtype=dtype)
+    assert {parameter.dtype for parameter in module.parameters()} == {dtype}
+    assert module.rpb.abs().max() > 0
+    x = torch.randn(1, 9, 16).to(dtype)
+    assert module(x).dtype == dtype
+    meta = natten.NeighborhoodAttention1D(**settings, device="meta")
+    assert {parameter.device.type for parameter in meta.parameters()} == {"meta"}
+    assert meta.to_empty(device="cpu").load_state_dict(module.state_dict())
+
+
+# What each generation of the package keeps in its modules, beside layers, by what it is pickled as.
+STATES = {
+    "natten.natten2d": {"kernel_size": 3, "dilation": 2, "window_size": 6},
+    "natten.na2d": {
+        "kernel_size": (3, 3),
+        "dilation": (2, 2),
+        "is_causal": (False, False),
+        "attn_drop_rate": 0.1,
+    },
+    "natten.modules": {
+        "na_dim": 2,
+        "embed_dim": 16,
+        "expected_input_tensor_rank": 4,
+        "kernel_size": (3, 3),
+        "stride": (1, 1),
+        "dilation": (2, 2),
+        "is_causal": (False, False),
+    },
+}
+
+
+@pytest.mark.filterwarnings("ignore:.* is an old name:DeprecationWarning")
+@pytest.mark.parametrize("path", STATES)
+def test_pickled_modules_of_all_generations(path):
+    old = torch.nn.Module()
+    old.num_heads, old.head_dim, old.scale = 2, 8, 8**-0.5
+    for name, value in STATES[path].items():
+        setattr(old, name, value)
+    old.qkv, old.proj = torch.nn.Linear(16, 48), torch.nn.Linear(16, 16)
+    old.proj_drop = torch.nn.Dropout(0.0)
+    if path != "natten.modules":
+        old.attn_drop = torch.nn.Dropout(0.1)
+        old.rpb = torch.nn.Parameter(torch.randn(2, 5, 5))
+    pickled = natten.NeighborhoodAttention2D.__new__(natten.NeighborhoodAttention2D)
+    vars(pickled).update(vars(old))
+    data = pickle.dumps(pickled, protocol=2)
+    module = pickle.loads(data.replace(b"natten.modules", path.encode()))
+    assert type(module) is natten.NeighborhoodAttention2D
+    new = natten.NeighborhoodAttention2D(
+        16, 2, 3, dilation=2, rel_pos_bias="rpb" in old._parameters, attn_drop=0.1
+    )
+    new.load_state_dict(old.state_dict())
+    x = torch.randn(1, 7, 8, 16)
+    assert torch.equal(module.eval()(x), new.eval()(x))
+    assert_close(module(x, return_weights=True)[0], new(x), 1e-5)
+    assert module.attn_drop_rate == (0.0 if path == "natten.modules" else 0.1)
+    again = pickle.loads(pickle.dumps(module))
+    assert torch.equal(again(x), new(x))
+    assert repr(again) == repr(module)
+    if path != "natten.modules":
+        assert again.extra_repr() == new.extra_repr()
+
+
+def test_repr_says_what_changes_the_result():
+    base = {"dim": 16, "num_heads": 2, "kernel_size": 4, "stride": 2}
+    changes = (
+        {"num_heads": 4},
+        {"kernel_size": 5},
+        {"stride": 1},
+        {"dilation": 2},
+        {"is_causal": True},
+        {"qkv_bias": False},
+        {"qk_scale": 0.5},
+        {"proj_drop": 0.5},
+        {"rel_pos_bias": True},
+        {"attn_drop": 0.5},
+        {"boundary": "mask"},
+        {"offset": 1},
+        {"backend": "reference"},
+    )
+    texts = [
+        repr(natten.NeighborhoodAttention1D(**{**base, **change})) for change in ({}, *changes)
+    ]
+    assert len(set(texts)) == len(texts)
+
+
 def test_wrong_inputs():
     module = natten.NeighborhoodAttention2D(16, 2, 5)
     with pytest.raises(ValueError, match=r"NeighborhoodAttention2D: x.ndim = 3; wanted 4"):

@@ -49,6 +49,18 @@ def test_module_examples():
         assert runner.run(test).failed == 0
 
 
+def test_dir_lists_what_is_imported_when_it_is_asked_for():
+    code = (
+        "import natten, sys\n"
+        "names = set(dir(natten))\n"
+        "assert names >= {*natten.__all__, *natten._LAZY, 'functional', 'context'}, names\n"
+        "assert 'natten.varlen' not in sys.modules\n"
+        "import warnings; warnings.simplefilter('ignore', DeprecationWarning)\n"
+        "assert all(hasattr(natten, name) for name in names)\n"
+    )
+    python(code)
+
+
 def python(code: str) -> str:
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],

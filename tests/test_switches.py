@@ -128,6 +128,47 @@ def test_the_autotuner_is_not_deterministic():
 # What switches change ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in NattenContext._defaults if name != "training_memory_preference"]
+)
+def test_settings_can_be_assigned(name):
+    """Directly, as by their switches: choices that were made before are made anew."""
+    default = getattr(NattenContext, name)
+    x = torch.randn(1, 12, 2, 8)
+
+    def chosen():
+        return [natten.explain(x, x, x, 3, op=op).selected.backend for op in ("attention", "qk")]
+
+    before, planned = chosen(), natten.na1d(x, x, x, 3)
+    setattr(NattenContext, name, not default)
+    assert getattr(NattenContext, name) is not default
+    expected = {"force_flex_attention": ["flex", "gemm"], "is_gemm_na_enabled": ["fna", "naive"]}
+    assert chosen() == expected.get(name, before)
+    assert torch.allclose(natten.na1d(x, x, x, 3), planned, atol=1e-5)
+    NattenContext.reset()
+    assert getattr(NattenContext, name) is default
+    assert chosen() == before
+
+
+def test_assigned_settings_reach_what_was_planned_before(monkeypatch):
+    ran = []
+    original = natten._C.unfused
+    monkeypatch.setattr(
+        natten._C,
+        "unfused",
+        lambda problem, op, kernel, *rest: (
+            ran.append(kernel),
+            original(problem, op, kernel, *rest),
+        )[1],
+    )
+    query = torch.randn(1, 2, 12, 8)
+    for _ in range(2):
+        functional.na1d_qk(query, query, 3)
+    NattenContext.is_gemm_na_enabled = False
+    functional.na1d_qk(query, query, 3)
+    assert [name.partition("_")[0] for name in ran] == ["gemm", "gemm", "naive"]
+
+
 def test_force_flex_attention():
     x = torch.randn(1, 12, 2, 8)
     before = natten.na1d(x, x, x, 3)

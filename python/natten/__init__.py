@@ -21,6 +21,7 @@ except ImportError as error:
     raise ImportError(message) from error
 
 from natten import (
+    _former_modules,
     _transforms,  # noqa: F401  # what the ops are under autograd and vmap
     context,
 )
@@ -80,6 +81,13 @@ _LAZY = (
     "utils",
     "varlen",
 )
+
+
+_former_modules.register()
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
 
 
 def __getattr__(name: str) -> Any:

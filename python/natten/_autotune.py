@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from functools import lru_cache, partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from natten import _C, _dispatch, _ops
+from natten import _C, _dispatch, _ops, _tile_cache
 from natten._axes import Axis
 from natten._problem import Operands, Problem
 from natten._settings import AutotunerContext
@@ -120,18 +117,23 @@ def _search(
     if not kernels:
         return nothing
     key = _key(op, problem, backend, [kernel.name for kernel in kernels], is_thorough)
-    known = _on_disk().get(key)
-    if known is not None:
-        return tuple(known)
-    times = {}
-    for pair in _pairs(
-        op, problem.axes, [k.tile for k in kernels], None if is_thorough else _QUICK
+    tiles = [kernel.tile for kernel in kernels]
+    possible = {*tiles, *(tile[::-1] for tile in tiles if op == "backward")}
+    known = _tile_cache.find(key)
+    # Shapes that no kernel has tiles for are not what was found here, whoever wrote them.
+    if (
+        known is not None
+        and len(known) == 2 * rank
+        and (math.prod(known[:rank]), math.prod(known[rank:])) in possible
     ):
+        return known
+    times = {}
+    for pair in _pairs(op, problem.axes, tiles, None if is_thorough else _QUICK):
         flat = pair[0] + pair[1]
         shapes = nothing + flat if op == "backward" else flat + nothing
         times[flat] = _seconds(partial(run, shapes), problem.device, warmup, steps)
     best = min(times, key=times.__getitem__)
-    _keep(key, best)
+    _tile_cache.keep(key, best)
     return best
 
 
@@ -219,14 +221,6 @@ def _seconds(run: Callable[[], Any], device: torch.device, warmup: int, steps: i
     return statistics.median(times)
 
 
-# On disk ------------------------------------------------------------------------------------------------------------
-
-
-def _path() -> Path:
-    folder = os.environ.get("NATTEN_CACHE_DIR")
-    return (Path(folder) if folder else Path.home() / ".cache" / "natten") / "tile_shapes.json"
-
-
 def _key(op: str, problem: Problem, backend: str, kernels: list[str], is_thorough: bool) -> str:
     """All that the fastest shapes depend on: in another build, other kernels."""
     is_gpu = problem.device.type == "cuda"
@@ -245,24 +239,3 @@ def _key(op: str, problem: Problem, backend: str, kernels: list[str], is_thoroug
         "thorough": is_thorough,
     }
     return json.dumps(facts)
-
-
-def _on_disk() -> dict[str, list[int]]:
-    try:
-        found = json.loads(_path().read_text())
-    except (OSError, ValueError):  # nothing there, or not by us: searched anew, and overwritten
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _keep(key: str, shapes: tuple[int, ...]) -> None:
-    """Adds an entry to the file. Of two processes that do so at once, one may have to search again another time."""
-    path = _path()
-    entries = json.dumps({**_on_disk(), key: shapes}, indent=0)
-    fresh = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_text(entries)
-        fresh.replace(path)
-    except OSError as error:
-        warnings.warn(f"tile shapes are not kept: {error}; set NATTEN_CACHE_DIR", stacklevel=2)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
 
 from natten import _C
 from natten._errors import reject
@@ -23,6 +23,7 @@ StrPerAxis: TypeAlias = "str | Sequence[str]"
 AXIS_INTS = len(_C.AXIS_FIELDS)
 _BOUNDARY_IDS = {name: index for index, name in enumerate(_C.BOUNDARIES)}
 _SHIFT = _BOUNDARY_IDS["shift"]
+_MASK = _BOUNDARY_IDS["mask"]
 VALID = _BOUNDARY_IDS["valid"]
 # The core counts positions in 32 bits, and a window may reach beyond both ends of its grid.
 _LARGEST = 2**29
@@ -44,14 +45,25 @@ class Axis(NamedTuple):
     key_extent: int = 1
 
 
-def _integer(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not (
-        isinstance(value, (int, torch.SymInt)) or hasattr(value, "__index__")
-    ):
-        reject(name, repr(value), "an integer")
-    if isinstance(value, (int, torch.SymInt)):
+def _is_boolean(value: Any) -> bool:
+    """Whether it is a bool of Python, numpy or torch, or an array or tensor of them."""
+    if isinstance(value, (bool, torch.SymBool)):
+        return True
+    return str(getattr(value, "dtype", "")).removeprefix("torch.") == "bool"
+
+
+def integer(name: str, value: Any) -> int:
+    """`value`, which must be an integer: of Python, numpy or torch, or a tensor of one."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return value  # type: ignore[return-value]  # a SymInt is an int to everybody but the type checker
-    return operator.index(value)
+    found = None
+    if not _is_boolean(value):
+        # Tensors of more numbers raise the one, tensors that have none the other.
+        with suppress(TypeError, RuntimeError):
+            found = operator.index(value)
+    if found is None:
+        reject(name, repr(value), "an integer")
+    return found
 
 
 def number(name: str, value: Any) -> float:
@@ -64,10 +76,13 @@ def number(name: str, value: Any) -> float:
 
 
 def boolean(name: str, value: Any) -> bool:
-    """`value`, which must be True or False."""
-    if not isinstance(value, bool):
+    """`value`, which must be True or False: of Python, numpy or torch."""
+    if isinstance(value, (bool, torch.SymBool)):
+        # Where it depends on a size, torch.compile makes a constant of it by a branch, and by nothing else.
+        return True if value else False  # noqa: SIM210
+    if not _is_boolean(value) or getattr(value, "ndim", 0) != 0:
         reject(name, repr(value), "True or False")
-    return value
+    return bool(value)
 
 
 def _boundary(name: str, value: Any) -> int:
@@ -78,12 +93,19 @@ def _boundary(name: str, value: Any) -> int:
 
 def per_axis(name: str, value: Any, rank: int) -> tuple[Any, ...]:
     """`value`, a scalar for all axes or one value per axis, as one value per axis."""
+    if isinstance(value, (int, str, torch.SymInt, torch.SymBool)):
+        return (value,) * rank
+    dims = getattr(value, "ndim", None)  # of an array or tensor
     if isinstance(value, (tuple, list)) or (
-        isinstance(value, Iterable) and not isinstance(value, (str, Tensor))
+        isinstance(value, Sequence) and not isinstance(value, bytes)
     ):
         values = tuple(value)
-    else:
+    elif dims == 1:
+        values = tuple(value.tolist())
+    elif dims == 0 or isinstance(value, bytes) or not isinstance(value, Iterable):
         return (value,) * rank
+    else:  # it has no order, can be read but once, or is a table
+        reject(name, value, f"one value, or a tuple or list of {rank} (one per axis of the grid)")
     if len(values) != rank:
         reject(name, value, f"one value, or {rank} (one per axis of the grid)")
     return values
@@ -92,7 +114,13 @@ def per_axis(name: str, value: Any, rank: int) -> tuple[Any, ...]:
 def integers(name: str, value: Any, rank: int) -> tuple[int, ...]:
     """`value`, one integer or one per axis, as one per axis."""
     values = per_axis(name, value, rank)
-    return tuple(_integer(f"{name}[{i}]", v) for i, v in enumerate(values))
+    return tuple(integer(f"{name}[{i}]", v) for i, v in enumerate(values))
+
+
+def booleans(name: str, value: Any, rank: int) -> tuple[bool, ...]:
+    """`value`, True or False or one of them per axis, as one per axis."""
+    values = per_axis(name, value, rank)
+    return tuple(boolean(f"{name}[{i}]", v) for i, v in enumerate(values))
 
 
 TILE_ARGUMENTS = (
@@ -140,38 +168,114 @@ def _constants(axis: Axis) -> tuple[int, ...]:
     return tuple(operator.index(number) for number in axis)
 
 
-def _check_axis(i: int, axis: Axis) -> None:
-    extent, kernel_size, dilation = axis.extent, axis.kernel_size, axis.dilation
-    if kernel_size < 1:
+class Window(NamedTuple):
+    """What is said about the windows of one axis, of whatever extent; `boundary` as in `Axis`."""
+
+    kernel_size: int
+    stride: int
+    dilation: int
+    is_causal: bool
+    boundary: int
+    offset: int
+
+
+class OtherLayout(NamedTuple):
+    """What the tensors would be if their heads were where they are not expected.
+
+    Tensors of both layouts have as many dims, and those of the wrong one are noticed, if at all, by sizes that do not fit.
+    """
+
+    extents: tuple[int, ...]  # of the grid
+    remedy: str
+
+    def hint(self, windows: tuple[Window, ...]) -> str:
+        """The remedy if the windows fit that grid. Asked for in errors only: under torch.compile, sizes are symbolic."""
+        for window, extent in zip(windows, self.extents, strict=True):
+            if window.kernel_size * window.dilation > extent:
+                return ""
+        return self.remedy
+
+
+def normalize_windows(
+    rank: int,
+    kernel_size: IntPerAxis,
+    stride: IntPerAxis | None,
+    dilation: IntPerAxis | None,
+    is_causal: BoolPerAxis | None,
+    boundary: StrPerAxis,
+    offset: IntPerAxis,
+) -> tuple[Window, ...]:
+    """The windows that these arguments mean, one per axis."""
+    boundaries = per_axis("boundary", boundary, rank)
+    windows = tuple(
+        Window(*window)
+        for window in zip(
+            integers("kernel_size", kernel_size, rank),
+            integers("stride", 1 if stride is None else stride, rank),
+            integers("dilation", 1 if dilation is None else dilation, rank),
+            booleans("is_causal", False if is_causal is None else is_causal, rank),
+            [_boundary(f"boundary[{i}]", name) for i, name in enumerate(boundaries)],
+            integers("offset", offset, rank),
+            strict=True,
+        )
+    )
+    for i, window in enumerate(windows):
+        _check_window(i, window)
+    return windows
+
+
+def _check_window(i: int, window: Window) -> None:
+    """Checks all that can be said without the extent, and for a `kernel_size` of -1 not much can be."""
+    kernel_size, dilation = window.kernel_size, window.dilation
+    is_whole = kernel_size == -1
+    if kernel_size < 1 and not is_whole:
         reject(f"kernel_size[{i}]", kernel_size, "at least 1, or -1 for the whole axis")
     if dilation < 1:
         reject(f"dilation[{i}]", dilation, "at least 1")
-    if not 1 <= axis.stride <= kernel_size:
-        reject(
-            f"stride[{i}]",
-            axis.stride,
-            f"1 to {kernel_size} (kernel_size[{i}])",
-            "tokens would go unattended between windows",
-        )
-    if not 0 <= axis.offset < axis.stride:
-        reject(f"offset[{i}]", axis.offset, f"0 to {axis.stride - 1} (stride[{i}] - 1)")
-    if axis.boundary == _SHIFT and kernel_size * dilation > extent:
-        reject(
-            f"kernel_size[{i}] * dilation[{i}]",
-            f"{kernel_size} * {dilation}",
-            f"at most {extent}, the extent of axis {i}",
-            "use a smaller window, or another boundary than 'shift'",
-        )
-    if kernel_size > _LARGEST or dilation > _LARGEST or extent > _LARGEST:
-        reject(
-            f"kernel_size[{i}], dilation[{i}] or extent[{i}]", "too large", f"at most {_LARGEST}"
-        )
-    if axis.boundary == VALID and (axis.stride != 1 or axis.is_causal):
+    if is_whole and dilation != 1:
+        reject(f"dilation[{i}]", dilation, f"1 with kernel_size[{i}] = -1, the whole axis")
+    if window.stride < 1:
+        reject(f"stride[{i}]", window.stride, "at least 1")
+    if not is_whole:
+        _check_stride(i, window.stride, kernel_size)
+    if not 0 <= window.offset < window.stride:
+        reject(f"offset[{i}]", window.offset, f"0 to {window.stride - 1} (stride[{i}] - 1)")
+    if kernel_size * dilation > _LARGEST:
+        reject(f"kernel_size[{i}] * dilation[{i}]", kernel_size * dilation, f"at most {_LARGEST}")
+    if not is_whole and window.boundary == VALID and (window.stride != 1 or window.is_causal):
         reject(
             f"boundary[{i}]",
             "'valid'",
             "stride 1 and is_causal False with it",
             "use another boundary",
+        )
+
+
+def _check_stride(i: int, stride: int, kernel_size: int) -> None:
+    if stride > kernel_size:
+        limit = f"1 to {kernel_size} (kernel_size[{i}])"
+        reject(f"stride[{i}]", stride, limit, "tokens would go unattended between windows")
+
+
+def _check_fit(i: int, axis: Axis, windows: tuple[Window, ...], other: OtherLayout) -> None:
+    """Checks the windows against the extent."""
+    extent, kernel_size, dilation = axis.extent, axis.kernel_size, axis.dilation
+    if extent > _LARGEST:
+        reject(f"extent[{i}]", extent, f"at most {_LARGEST}")
+    _check_stride(i, axis.stride, kernel_size)
+    if axis.boundary == _SHIFT and kernel_size * dilation > extent:
+        remedy = "use a smaller window, or another boundary than 'shift'"
+        if axis.is_causal:
+            remedy += (
+                "; where a sequence grows step by step against a cache, boundary 'mask' in all steps: it takes axes "
+                "of any extent, and without stride its causal windows are the same"
+            )
+        hint = other.hint(windows)
+        reject(
+            f"kernel_size[{i}] * dilation[{i}]",
+            f"{kernel_size} * {dilation}",
+            f"at most {extent}, the extent of axis {i}",
+            f"{remedy}; {hint}" if hint else remedy,
         )
 
 
@@ -184,58 +288,75 @@ def _check_box(i: int, what: str, extent: int, origin: int, size: int) -> None:
         )
 
 
+def _origins(
+    name: str, origin: IntPerAxis | None, extents: tuple[int, ...], grid: tuple[int, ...] | None
+) -> tuple[int, ...]:
+    """Where a box of these extents begins. It has to be said unless the box is the grid."""
+    rank = len(extents)
+    if origin is not None:
+        if grid is None:
+            reject("grid", None, "the whole grid's extents", f"{name} is a place in the grid")
+        return integers(name, origin, rank)
+    if grid is not None:
+        for i, (size, extent) in enumerate(zip(extents, grid, strict=True)):
+            if size < extent:
+                reject(
+                    name,
+                    None,
+                    f"the first of the {size} tokens on axis {i}, whose grid has {extent}",
+                    "pass it, 0 included: a box may lie anywhere in its grid",
+                )
+    return (0,) * rank
+
+
 def normalize_axes(
-    rank: int,
     query_extents: tuple[int, ...],
     key_extents: tuple[int, ...],
     grid: IntPerAxis | None,
-    query_origins: tuple[int, ...],
-    key_origins: tuple[int, ...],
-    kernel_size: IntPerAxis,
-    stride: IntPerAxis | None,
-    dilation: IntPerAxis | None,
-    is_causal: BoolPerAxis | None,
-    boundary: StrPerAxis,
-    offset: IntPerAxis,
-) -> tuple[Axis, ...]:
-    """The axes that these arguments mean; `query_extents` and `key_extents` are those of the tensors, or boxes."""
-    extents = query_extents if grid is None else integers("grid", grid, rank)
-    kernel_sizes = integers("kernel_size", kernel_size, rank)
-    strides = integers("stride", 1 if stride is None else stride, rank)
-    dilations = integers("dilation", 1 if dilation is None else dilation, rank)
-    offsets = integers("offset", offset, rank)
-    causal = per_axis("is_causal", False if is_causal is None else is_causal, rank)
-    boundaries = per_axis("boundary", boundary, rank)
+    query_origin: IntPerAxis | None,
+    key_origin: IntPerAxis | None,
+    windows: tuple[Window, ...],
+    other: OtherLayout,
+) -> tuple[tuple[Axis, ...], tuple[int, ...]]:
+    """The axes that these arguments mean, and where the query tensor begins on each.
+
+    `query_extents` and `key_extents` are those of the tensors, or boxes.
+    """
+    rank = len(windows)
+    whole = None if grid is None else integers("grid", grid, rank)
+    extents = query_extents if whole is None else whole
+    for what, sizes in (("query", query_extents), ("key", key_extents)):
+        for i in range(rank):
+            if sizes[i] > extents[i]:
+                wanted = f"at least {sizes[i]}, the {what}'s tokens on axis {i}"
+                reject(f"grid[{i}]", extents[i], wanted)
+    query_origins = _origins("query_origin", query_origin, query_extents, whole)
+    key_origins = _origins("key_origin", key_origin, key_extents, whole)
 
     axes: list[Axis] = []
-    for i in range(rank):
+    for i, window in enumerate(windows):
         axis = Axis(
-            extent=extents[i],
-            kernel_size=kernel_sizes[i],
-            stride=strides[i],
-            dilation=dilations[i],
-            is_causal=int(boolean(f"is_causal[{i}]", causal[i])),
-            boundary=_boundary(f"boundary[{i}]", boundaries[i]),
-            offset=offsets[i],
+            extents[i],
+            *window,
             query_origin=query_origins[i],
             query_extent=query_extents[i],
             key_origin=key_origins[i],
             key_extent=key_extents[i],
         )
+        axis = axis._replace(is_causal=int(window.is_causal))
         if axis.kernel_size == -1:
-            if axis.dilation != 1:
-                reject(
-                    f"dilation[{i}]", axis.dilation, f"1 with kernel_size[{i}] = -1, the whole axis"
-                )
-            axis = axis._replace(kernel_size=axis.extent, boundary=_SHIFT)
-        _check_axis(i, axis)
-        if grid is not None:
-            _check_box(i, "query", axis.extent, axis.query_origin, axis.query_extent)
-            _check_box(i, "key", axis.extent, axis.key_origin, axis.key_extent)
+            # On an axis without tokens nobody attends, whatever the window.
+            is_empty = axis.extent == 0
+            axis = axis._replace(
+                kernel_size=1 if is_empty else axis.extent, boundary=_MASK if is_empty else _SHIFT
+            )
+        _check_fit(i, axis, windows, other)
+        _check_box(i, "query", axis.extent, axis.query_origin, axis.query_extent)
+        _check_box(i, "key", axis.extent, axis.key_origin, axis.key_extent)
         axes.append(_only_queries(i, axis) if axis.boundary == VALID else axis)
         if key_extents[i] != axis.extent:
             _check_keys(i, axes[i])
-    return tuple(axes)
+    return tuple(axes), query_origins
 
 
 def _only_queries(i: int, axis: Axis) -> Axis:

@@ -11,6 +11,7 @@ import torch
 
 from natten import _C, _dispatch
 from natten._axes import Axis
+from natten._errors import ArgumentError
 
 Device: TypeAlias = "torch.device | str | int | None"
 
@@ -45,13 +46,23 @@ def compute_capability(index: int | None = None) -> tuple[int, int] | None:
     return _driver_capability(0 if index is None else index)
 
 
+def as_device(device: object) -> torch.device:
+    """The device that is meant by its name."""
+    try:
+        return torch.device(device)  # type: ignore[call-overload, no-any-return]
+    except (RuntimeError, TypeError) as error:
+        wanted = "a device such as 'cpu' or 'cuda:0', or the index of a GPU"
+        message = f"device = {device!r}; wanted {wanted}"
+        raise ArgumentError(message) from error
+
+
 def _arch(device: Device) -> int | None:
     """The architecture of a device: 86 for SM86, 0 for a CPU; None for a GPU that is not there."""
     if device is None:
         capability = compute_capability()
         return 0 if capability is None else 10 * capability[0] + capability[1]
-    if not isinstance(device, int):
-        device = torch.device(device)
+    if not isinstance(device, int) or isinstance(device, bool):
+        device = as_device(device)
         if device.type == "cpu":
             return 0
         if device.type != "cuda":
@@ -67,12 +78,13 @@ def _runs(
 ) -> bool:
     """Whether a kernel runs a small problem in one of `dtypes`; with `tf32`, one that uses TF32."""
     arch = _arch(device)
-    if arch is None:
+    isa = _dispatch.forced_isa()
+    if arch is None or (arch == 0 and _dispatch.isa_obstacle("cpu", isa)):
         return False
     axis = Axis(extent=8, kernel_size=3, query_extent=8, key_extent=8)
     for dtype in dtypes:
         problem = _C.Problem(dtype, axis, 1, 1, 1, 64, 64, 0, False, 1.0, tf32)
-        rows = _C.candidates(problem, op, backend, _dispatch.forced_isa(), arch)
+        rows = _C.candidates(problem, op, backend, isa, arch)
         if any(not reasons and (kernel.is_tf32 or not tf32) for kernel, reasons in rows):
             return True
     return False

@@ -3,19 +3,21 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
+from contextlib import ContextDecorator
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
 
 from natten import _C, _flex, _settings
-from natten._errors import reject
+from natten._errors import ArgumentError, reject
 from natten._problem import Problem
 from natten._settings import NattenContext
 
@@ -40,13 +42,16 @@ _HAS_CUDA = torch.version.cuda is not None
 # Passed to the ops by compiled graphs, which outlive the context they are traced in: whatever is in force when they run.
 IN_FORCE = ""
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
 _backend_in_force: ContextVar[str] = ContextVar("natten_backend", default="auto")
 
 
 def canonical(name: str) -> str:
     """The backend called `name`, which may be a name of the 0.2x generation, or one policy of a backend."""
-    name = _ALIASES.get(name, name)
-    if name not in BACKENDS:
+    if isinstance(name, str):
+        name = _ALIASES.get(name, name)
+    if not isinstance(name, str) or name not in BACKENDS:
         policies = _policies()
         lower = str(name).lower()
         if lower not in policies:
@@ -68,11 +73,22 @@ def _policies() -> dict[str, str]:
     return {name.lower(): name for name in names}
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
+class use_backend(ContextDecorator):
     """Selects the backend of all calls inside the context that do not name one themselves.
 
-    Nests, and holds for the current thread and the current asyncio task only.
+    For a ``with`` statement, or for a function that it decorates. Called by itself it checks the name and selects
+    nothing, of which it warns; the switches of `natten.context`, which hold for the whole process, act when called.
+
+    It nests, and holds for the current thread and the current asyncio task:
+
+    - A thread that is started inside of it begins with ``"auto"`` (unless Python lets threads inherit contexts, as its
+      builds without a GIL do).
+    - A worker of a DataLoader, if forked, begins with what is in force where iteration over the loader begins; if
+      spawned, with ``"auto"``. The ``with`` belongs where the dataset calls natten.
+    - A generator shares the context of whoever asks it for values: a ``with`` around a ``yield`` holds for the caller,
+      too, until the generator goes on. It belongs between two values, or around the loop that asks for them.
+    - Gradients are computed by the backend of the forward pass, wherever they are asked for.
+    - torch.compile obeys what is in force when its graph runs; a ``with`` inside of what it compiles breaks the graph.
 
     Args:
         name: ``"auto"``, ``"fna"``, ``"gemm"`` (of the unfused operations), ``"naive"``, ``"flex"`` or
@@ -81,7 +97,8 @@ def use_backend(name: str) -> Iterator[None]:
             also where another one is preferred.
 
     Raises:
-        ValueError: If there is no backend of that name.
+        ValueError: If there is no backend of that name, when it is called; if what is decorated only makes a generator
+            or coroutine, which would run outside.
 
     Example:
         >>> import natten, torch
@@ -90,11 +107,43 @@ def use_backend(name: str) -> Iterator[None]:
         ...     natten.na1d(x, x, x, kernel_size=3).shape
         torch.Size([1, 16, 2, 8])
     """
-    token = _backend_in_force.set(canonical(name))
-    try:
-        yield
-    finally:
-        _backend_in_force.reset(token)
+
+    def __init__(self, name: str) -> None:
+        self._name = canonical(name)
+        self._tokens: list[Token[str]] = []
+        self._is_used = False
+
+    def __enter__(self) -> None:
+        self._is_used = True
+        self._tokens.append(_backend_in_force.set(self._name))
+
+    def __exit__(self, *_: object) -> None:
+        _backend_in_force.reset(self._tokens.pop())
+
+    def __call__(self, func: _Function) -> _Function:
+        """`func`, with the backend selected in each of its calls."""
+        self._is_used = True
+        if (
+            inspect.isgeneratorfunction(func)
+            or inspect.isasyncgenfunction(func)
+            or inspect.iscoroutinefunction(func)
+        ):
+            wanted = "a function that runs when it is called"
+            reject("what use_backend decorates", func, wanted, "write `with` in its body")
+        return super().__call__(func)
+
+    def _recreate_cm(self) -> use_backend:
+        """One for each call of a decorated function, which several threads may run at once."""
+        return use_backend(self._name)
+
+    def __del__(self) -> None:
+        if not getattr(self, "_is_used", True):
+            warnings.warn(
+                f"natten.use_backend({self._name!r}) was never entered, and selected nothing: write "
+                f"`with natten.use_backend({self._name!r}):`, or pass backend={self._name!r} to the call",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 def backend_in_force() -> str:
@@ -110,6 +159,15 @@ def forced_isa() -> str:
     """The ISA that the environment variable NATTEN_CPU_ISA forces, or nothing. Read again for every call."""
     # Twice a call: os.environ takes ten times as long to say that there is none.
     return _C.forced_isa()
+
+
+def isa_obstacle(device_type: str, isa: str) -> str:
+    """Why no compiled kernel runs on such a device while this ISA is forced, or nothing."""
+    possible = _C.cpu_isas()
+    if device_type != "cpu" or not isa or isa in possible:
+        return ""
+    known = f"possible here: {', '.join(possible)}" if possible else "there are none: unset it"
+    return f"NATTEN_CPU_ISA = {isa!r} is not an instruction set that this CPU can run; {known}"
 
 
 @lru_cache
@@ -134,7 +192,7 @@ def parse_arch(device: str) -> int:
     """The architecture that a user means by "sm_86"; 0 for "cpu"."""
     if device == "cpu":
         return 0
-    match = re.fullmatch(r"sm_?(\d{2,3})", device.lower())
+    match = re.fullmatch(r"sm_?(\d{2,3})", device.lower()) if isinstance(device, str) else None
     if match is None:
         reject("device", repr(device), "'cpu', or an architecture such as 'sm_86'")
     return int(match[1])
@@ -247,6 +305,9 @@ def candidates(
     device_type = problem.device.type
     if pretended is not None:
         device_type = "cuda" if arch else "cpu"
+    obstacle = isa_obstacle(device_type, isa)
+    if obstacle or device_type != "cpu":  # on "meta" nothing is computed, by whatever ISA
+        isa = ""
     if arch is not None:
         core = _C.Problem(
             str(problem.dtype).removeprefix("torch."),
@@ -268,7 +329,7 @@ def candidates(
             if needs_grad and (problem.has_rpb or op != "rpb_gradient")
         ]
         for kernel, reasons in _C.candidates(core, problem.op, asked, *where):
-            why = list(reasons)
+            why = [obstacle] if obstacle else list(reasons)
             if not why and any(kernel.backend not in able for able in gradients):
                 why.append("no backward kernel of its backend can run, and gradients are wanted")
             found.append(Candidate(kernel.backend, kernel.name, tuple(why)))
@@ -280,6 +341,8 @@ def candidates(
         return found
     found += _without_kernels(problem, device_type, needs_grad)
     found.append(Candidate("reference", "reference"))
+    if obstacle and backend == "auto":  # what is slow does not stand in for what cannot run
+        found = [replace(c, reasons=c.reasons or (obstacle,)) for c in found]
     return [
         replace(c, reasons=c.reasons + switched_off(c.backend, problem.op, backend)) for c in found
     ]
@@ -313,13 +376,15 @@ def select(problem: Problem, needs_grad: bool, backend: str, isa: str) -> str:
     """The backend that runs the problem: `backend`, or the best one if that is "auto".
 
     Raises:
+        ArgumentError: If the ISA is none of this CPU's.
         NotImplementedError: If it cannot; lists every candidate and its reasons.
     """
     found = candidates(problem, needs_grad, isa, backend=backend)
     asked = [c for c in found if c.belongs_to(backend)]
     chosen = next((c for c in asked if not c.reasons), None)
     if chosen is None:
-        raise nothing_runs(backend, asked)
+        obstacle = isa_obstacle(problem.device.type, isa)
+        raise ArgumentError(obstacle) if obstacle else nothing_runs(backend, asked)
     if is_policy(backend):
         return backend
     if backend == "auto" and chosen.backend == "reference" and problem.device.type != "cpu":

@@ -22,7 +22,7 @@ def merge_attentions(
     Differentiable, with exact gradients through outputs and LSEs; changes none of its arguments.
 
     Args:
-        outputs: One or more tensors ``[..., heads, head_dim]`` of one shape and type.
+        outputs: A list or tuple of one or more tensors ``[..., heads, head_dim]`` of one shape and floating point type.
         lse_tensors: The LSE of each, ``[..., heads]``: natural logarithm, as returned with ``return_lse=True``. -inf
             stands for a query without keys; such parts weigh nothing, and their outputs must be finite. What is
             lost by rounding an LSE is lost to its part's weight: 1 % where a float32 LSE is beyond 1e5.
@@ -69,11 +69,27 @@ def merge_attentions(
 
 
 def _check(outputs: Sequence[Tensor], lse_tensors: Sequence[Tensor]) -> None:
+    for name, parts in (("outputs", outputs), ("lse_tensors", lse_tensors)):
+        if not isinstance(parts, (list, tuple)):
+            remedy = "a tensor of several parts is taken as tensor.unbind(0)"
+            reject(name, type(parts).__name__, "a list or tuple of tensors, one a part", remedy)
+        for i, part in enumerate(parts):
+            if not isinstance(part, Tensor):
+                reject(f"{name}[{i}]", type(part).__name__, "a torch.Tensor")
+            if not part.is_floating_point():
+                reject(f"{name}[{i}].dtype", part.dtype, "a floating point type", "convert it")
+            if part.is_nested or part.layout is not torch.strided:
+                message = (
+                    f"{name}[{i}] is a nested or sparse tensor; only dense tensors are implemented"
+                )
+                raise NotImplementedError(message)
     if len(outputs) == 0:
         reject("outputs", "empty", "at least one part")
     if len(outputs) != len(lse_tensors):
         reject("lse_tensors", f"{len(lse_tensors)} tensors", f"{len(outputs)}, one per output")
     first, first_lse = outputs[0], lse_tensors[0]
+    if first.dim() < 2:
+        reject("outputs[0].ndim", first.dim(), "at least 2: [..., heads, head_dim]")
     for i, (output, lse) in enumerate(zip(outputs, lse_tensors, strict=True)):
         if (
             output.shape != first.shape
@@ -91,9 +107,7 @@ def _check(outputs: Sequence[Tensor], lse_tensors: Sequence[Tensor]) -> None:
                 tuple(lse.shape),
                 f"{tuple(first.shape[:-1])}, the output's without head_dim",
             )
-        if lse.dtype != first_lse.dtype or not lse.is_floating_point():
-            reject(
-                f"lse_tensors[{i}].dtype",
-                lse.dtype,
-                f"a floating point type, {first_lse.dtype} as the first",
-            )
+        if lse.dtype != first_lse.dtype:
+            reject(f"lse_tensors[{i}].dtype", lse.dtype, f"{first_lse.dtype}, as of the first")
+        if lse.device != first.device:
+            reject(f"lse_tensors[{i}].device", lse.device, f"{first.device}, as the outputs")

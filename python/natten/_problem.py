@@ -16,10 +16,11 @@ from natten._axes import (
     Axis,
     BoolPerAxis,
     IntPerAxis,
+    OtherLayout,
     StrPerAxis,
     boolean,
-    integers,
     normalize_axes,
+    normalize_windows,
     number,
 )
 from natten._errors import reject
@@ -85,8 +86,9 @@ class AvOperands(NamedTuple):
 
 def describe(operands: QkOperands | AvOperands) -> tuple[TensorInfo | None, ...]:
     """What the problem depends on of them."""
+    optional = operands._field_defaults
     return tuple(
-        None if tensor is None else _describe(name, tensor)
+        None if tensor is None and name in optional else _describe(name, tensor)
         for name, tensor in zip(operands._fields, operands, strict=True)
     )
 
@@ -124,7 +126,7 @@ class Problem:
         return len(self.axes)
 
 
-def _describe(name: str, tensor: Tensor) -> TensorInfo:
+def _describe(name: str, tensor: Any) -> TensorInfo:
     # Sparse and nested tensors are turned away here: they have no strides to look at.
     if not isinstance(tensor, Tensor):
         reject(name, type(tensor).__name__, "a torch.Tensor")
@@ -244,15 +246,22 @@ def _check_tensors(
     )
 
 
-def _check_rpb(rpb: TensorInfo, axes: tuple[Axis, ...], heads: int, query: TensorInfo) -> None:
+def _check_rpb(
+    rpb: TensorInfo, axes: tuple[Axis, ...], heads: int, query: TensorInfo, hint: str = ""
+) -> None:
     shape = (heads, *(2 * axis.kernel_size - 1 for axis in axes))
     if tuple(rpb.shape) != shape:
         wanted = f"{shape}, which is [heads, *(2 * kernel_size - 1)]"
-        reject("rpb.shape", tuple(rpb.shape), wanted)
+        is_of_dim_1 = len(rpb.shape) > 0 and rpb.shape[0] == query.shape[1]
+        reject("rpb.shape", tuple(rpb.shape), wanted, hint if is_of_dim_1 else "")
     if not rpb.dtype.is_floating_point:
         reject("rpb.dtype", rpb.dtype, "a floating point type", "convert it")
     if rpb.device != query.device:
         reject("rpb.device", rpb.device, f"{query.device}, as the query", "move one")
+
+
+_IF_HEADS_FIRST = "if the tensors are heads first, [batch, heads, *grid, head_dim], pass tensor.movedim(1, -2) of each"
+_IF_HEADS_LAST = "if the tensors are heads last, [batch, *grid, heads, head_dim], pass tensor.movedim(-2, 1) of each"
 
 
 def normalize(
@@ -286,34 +295,25 @@ def normalize(
     common = _check_tensors(query, key, value, additional_keys, additional_values, scale)
     query_extents, key_extents = query.shape[1:-2], key.shape[1:-2]
     if value.shape[1:-2] != key_extents:
-        reject("value.shape[1:-2]", value.shape[1:-2], f"{key_extents}, the key's grid")
-    if grid is None:
-        if query_origin is not None or key_origin is not None:
-            reject("grid", None, "the whole grid's extents", "an origin is a place in the grid")
-        if query_extents != key_extents:
-            reject(
-                "key.shape[1:-2]",
-                tuple(key_extents),
-                f"{tuple(query_extents)}, the query's grid",
-                "if they are boxes of a larger grid, pass grid, query_origin and key_origin",
-            )
-    query_origins = integers("query_origin", 0 if query_origin is None else query_origin, rank)
-    axes = normalize_axes(
-        rank,
-        query_extents,
-        key_extents,
-        grid,
-        query_origins,
-        integers("key_origin", 0 if key_origin is None else key_origin, rank),
-        kernel_size,
-        stride,
-        dilation,
-        is_causal,
-        boundary,
-        offset,
+        reject(
+            "value.shape[1:-2]", tuple(value.shape[1:-2]), f"{tuple(key_extents)}, the key's grid"
+        )
+    windows = normalize_windows(rank, kernel_size, stride, dilation, is_causal, boundary, offset)
+    other = OtherLayout(query.shape[2:-1], _IF_HEADS_FIRST)
+    if grid is None and query_extents != key_extents:
+        remedy = "if they are boxes of a larger grid, pass grid, query_origin and key_origin"
+        hint = other.hint(windows) if query_extents[1:] == key_extents[1:] else ""
+        reject(
+            "key.shape[1:-2]",
+            tuple(key_extents),
+            f"{tuple(query_extents)}, the query's grid",
+            f"{remedy}; {hint}" if hint else remedy,
+        )
+    axes, query_origins = normalize_axes(
+        query_extents, key_extents, grid, query_origin, key_origin, windows, other
     )
     if rpb is not None:
-        _check_rpb(rpb, axes, common.heads, query)
+        _check_rpb(rpb, axes, common.heads, query, other.remedy)
     return _problem("forward", query, common, axes, query_origins, has_rpb=rpb is not None)
 
 
@@ -416,8 +416,9 @@ def _check_unfused(
                     f"{wanted}, the {kv_name}'s {what}",
                 )
     extents = tuple(second.shape[2:-1])
-    origins = (0,) * rank
-    axes = normalize_axes(rank, extents, extents, None, origins, origins, *arguments)
+    windows = normalize_windows(rank, *arguments)
+    other = OtherLayout(second.shape[1:-2], _IF_HEADS_LAST)
+    axes, _ = normalize_axes(extents, extents, None, None, None, windows, other)
     return _Common(first.shape[0], heads, heads_kv, head_dim, head_dim, count, 1.0), axes
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import Enum
-from typing import Any, ClassVar
+from typing import Any
+
+from natten._errors import reject
 
 
 class MemoryUsagePreference(Enum):
@@ -16,30 +18,67 @@ class MemoryUsagePreference(Enum):
     Unrestricted = 2
 
 
+# Of the autotuner, per setting.
+LEAST_STEPS = {
+    "warmup_steps_forward": 0,
+    "warmup_steps_backward": 0,
+    "steps_forward": 1,
+    "steps_backward": 1,
+}
+
 # Called after a change: what forgets the choices that were made under the old settings.
 after_change: list[Callable[[], None]] = []
 
 
-class _Settings:
-    """Class attributes that can be put back to what they were at import."""
+class _Watched(type):
+    """Of classes whose attributes are settings: assigned directly they are checked, too, and choices made anew."""
 
-    _defaults: ClassVar[dict[str, Any]]
+    _defaults: dict[str, Any]
 
-    def __init_subclass__(cls) -> None:
-        cls._defaults = {name: vars(cls)[name] for name in vars(cls)["__annotations__"]}
+    def __setattr__(cls, name: str, value: Any) -> None:
+        cls.set(**{name: value})
 
-    @classmethod
+    def __delattr__(cls, name: str) -> None:
+        message = f"{cls.__name__}.{name} is a setting: reset() puts all of them back"
+        raise AttributeError(message)
+
     def set(cls, **values: Any) -> None:
-        """Changes settings, all at once."""
+        """Changes settings, all at once.
+
+        Raises:
+            AttributeError: If there is no such setting.
+            ValueError: If a value is of the wrong type.
+        """
         for name, value in values.items():
-            setattr(cls, name, value)
+            if name not in cls._defaults:
+                message = (
+                    f"{cls.__name__} has no setting {name!r}: it has {', '.join(cls._defaults)}"
+                )
+                raise AttributeError(message)
+            kind = type(cls._defaults[name])
+            if kind is type(None) and value is not None:
+                kind = bool  # the settings without a default are switches
+            least = LEAST_STEPS.get(name)
+            if type(value) is not kind or (least is not None and value < least):
+                limit = "" if least is None else f" of at least {least}"
+                wanted = f"a value of type {kind.__name__}{limit}"
+                reject(f"{cls.__name__}.{name}", repr(value), wanted)
+        for name, value in values.items():
+            type.__setattr__(cls, name, value)
         for call in after_change:
             call()
 
-    @classmethod
     def reset(cls) -> None:
         """Puts every setting back to its default."""
         cls.set(**cls._defaults)
+
+
+class _Settings(metaclass=_Watched):
+    """Class attributes that can be put back to what they were at import."""
+
+    def __init_subclass__(cls) -> None:
+        defaults = {name: vars(cls)[name] for name in vars(cls)["__annotations__"]}
+        type.__setattr__(cls, "_defaults", defaults)
 
 
 class NattenContext(_Settings):

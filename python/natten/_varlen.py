@@ -79,8 +79,9 @@ def _starts(which: str, lengths: Tensor | None, bounds: Tensor | None, total: in
         not isinstance(given, Tensor)
         or given.dim() != 1
         or given.dtype not in (torch.int32, torch.int64)
+        or given.is_meta
     ):
-        reject(name, given, "a tensor of int32 with one dim")
+        reject(name, given, "a tensor of int32 with one dim, and with numbers in it")
     numbers: list[int] = given.tolist()
     if bounds is None:
         starts = [0]

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Switches and queries of both generations of the package, and what they mean here.
 
-Switches hold for the whole process. Where there is nothing to switch they are kept and can be asked for, and change
+Switches hold for the whole process, all its threads, and the processes that it forks; a process that is spawned has those
+of the import. Setting an attribute of `NattenContext` or `AutotunerContext` is the same as calling its switch. Where there is nothing to switch they are kept and can be asked for, and change
 nothing; each says so. For a choice that ends with a block of code, and concerns one thread, there is
 `natten.use_backend`.
 """
@@ -23,7 +24,12 @@ from natten._capabilities import (
     has_tf32_gemm,
 )
 from natten._errors import ArgumentError, reject
-from natten._settings import AutotunerContext, MemoryUsagePreference, NattenContext
+from natten._settings import (
+    LEAST_STEPS,
+    AutotunerContext,
+    MemoryUsagePreference,
+    NattenContext,
+)
 
 __all__ = [
     "AutotunerContext",
@@ -263,7 +269,7 @@ def use_autotuner(
 
     Without it, tile shapes are chosen by their exact cost. With it, the first call of a problem on a kind of GPU times
     the cheapest tile shapes (in thorough mode all of them), and remembers the fastest on disk, in
-    ``$NATTEN_CACHE_DIR`` or ``~/.cache/natten``. On the CPU there is nothing to search, and nothing happens.
+    ``$NATTEN_CACHE_DIR`` or ``natten`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. On the CPU there is nothing to search, and nothing happens.
 
     Args:
         forward_pass: Whether forward passes search.
@@ -286,18 +292,19 @@ def use_autotuner(
         "thorough_mode_backward": ("thorough_mode_backward", thorough_mode_backward),
     }
     steps = {
-        "warmup_steps_forward": (warmup_steps_forward, 0),
-        "warmup_steps_backward": (warmup_steps_backward, 0),
-        "steps_forward": (steps_forward, 1),
-        "steps_backward": (steps_backward, 1),
+        "warmup_steps_forward": warmup_steps_forward,
+        "warmup_steps_backward": warmup_steps_backward,
+        "steps_forward": steps_forward,
+        "steps_backward": steps_backward,
     }
     new: dict[str, Any] = {}
     for attribute, (name, flag) in flags.items():
         if flag is not None:
             new[attribute] = _flag(name, flag)
-    for name, (count, least) in steps.items():
+    for name, count in steps.items():
         if count is None:
             continue
+        least = LEAST_STEPS[name]
         if not isinstance(count, int) or isinstance(count, bool) or count < least:
             reject(name, repr(count), f"an integer of at least {least}")
         new[name] = count

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from natten._axes import BoolPerAxis, IntPerAxis
+from natten._axes import BoolPerAxis, IntPerAxis, integers
 from natten._errors import reject
 from natten.functional import neighborhood_attention_generic
 from natten.legacy import warn_once
@@ -41,18 +41,20 @@ _AV = (na1d_av, na2d_av, na3d_av)
 
 def _count(function: Callable[..., Any], shapes: Sequence[Shape], return_macs: bool) -> int:
     """What torch's counter says of `function` on tensors that have a shape and no memory."""
-    tensors = [torch.empty(tuple(shape), device="meta") for shape in shapes]
+    tensors = [torch.empty(shape, device="meta") for shape in shapes]
     with FlopCounterMode(display=False) as counter:
         function(*tensors)
     flops: int = counter.get_total_flops()
     return flops // 2 if return_macs else flops
 
 
-def _rank(name: str, shape: Shape) -> int:
-    rank = len(shape) - 3
-    if rank not in (1, 2, 3):
-        reject(name, tuple(shape), "the shape of a tensor with 4 to 6 dims")
-    return rank
+def _shape(name: str, shape: Any) -> tuple[int, ...]:
+    if not isinstance(shape, Sequence) or isinstance(shape, str) or not 4 <= len(shape) <= 6:
+        reject(name, shape, "the shape of a tensor with 4 to 6 dims")
+    sizes = integers(name, shape, len(shape))
+    if min(sizes) < 0:
+        reject(name, shape, "sizes of at least 0")
+    return sizes
 
 
 def fna_flop_count(
@@ -89,7 +91,7 @@ def fna_flop_count(
         >>> fna_flop_count(shape, shape, shape, 7, 1, False) == 2 * 2 * 16 * 16 * 4 * 32 * 7 * 7
         True
     """
-    _rank("q_shape", q_shape)
+    shapes = _shape("q_shape", q_shape), _shape("k_shape", k_shape), _shape("v_shape", v_shape)
 
     def call(query: Tensor, key: Tensor, value: Tensor) -> Any:
         if not is_heads_last:
@@ -98,7 +100,7 @@ def fna_flop_count(
             query, key, value, kernel_size, dilation=dilation, is_causal=is_causal
         )
 
-    return _count(call, (q_shape, k_shape, v_shape), return_macs)
+    return _count(call, shapes, return_macs)
 
 
 def na_qk_flop_count(
@@ -128,14 +130,15 @@ def na_qk_flop_count(
     Raises:
         ValueError: If the arguments are no neighborhood attention.
     """
-    function = _QK[_rank("q_shape", q_shape) - 1]
+    shapes = _shape("q_shape", q_shape), _shape("k_shape", k_shape)
+    function = _QK[len(q_shape) - 4]
 
     def call(query: Tensor, key: Tensor) -> Tensor:
         if is_heads_last:
             query, key = query.movedim(-2, 1), key.movedim(-2, 1)
         return function(query, key, kernel_size, dilation, is_causal=is_causal)
 
-    return _count(call, (q_shape, k_shape), return_macs)
+    return _count(call, shapes, return_macs)
 
 
 def na_av_flop_count(
@@ -165,14 +168,15 @@ def na_av_flop_count(
     Raises:
         ValueError: If the arguments are no neighborhood attention.
     """
-    function = _AV[_rank("a_shape", a_shape) - 1]
+    shapes = _shape("a_shape", a_shape), _shape("v_shape", v_shape)
+    function = _AV[len(a_shape) - 4]
 
     def call(attn: Tensor, value: Tensor) -> Tensor:
         if is_heads_last:
             attn, value = attn.movedim(-2, 1), value.movedim(-2, 1)
         return function(attn, value, kernel_size, dilation, is_causal=is_causal)
 
-    return _count(call, (a_shape, v_shape), return_macs)
+    return _count(call, shapes, return_macs)
 
 
 # fvcore, which counts the nodes of a trace ---------------------------------------------------------------------------
@@ -223,6 +227,8 @@ def add_natten_handle(flop_ctr: Any) -> Any:
     Returns:
         The same.
     """
+    if not hasattr(flop_ctr, "set_op_handle"):
+        reject("flop_ctr", type(flop_ctr).__name__, "a fvcore.nn.FlopCountAnalysis")
     return flop_ctr.set_op_handle(**_HANDLES)
 
 
@@ -240,6 +246,8 @@ def get_flops(model: nn.Module, input: Any, disable_warnings: bool = False) -> i
     Raises:
         ImportError: If fvcore is not there.
     """
+    if not isinstance(model, nn.Module):
+        reject("model", type(model).__name__, "a torch.nn.Module")
     try:
         fvcore = importlib.import_module("fvcore.nn")
     except ImportError as error:

@@ -142,8 +142,8 @@ def neighborhood_attention_generic(
         offset: Where the runs of `stride` queries begin, per axis: 0 to stride - 1.
         grid: Extents of the whole grid, if query or key and value hold only a box of it. Windows are those of the
             whole grid; the keys must hold all windows of the queries that are there.
-        query_origin: The first token of the query's box, per axis. None means 0.
-        key_origin: The first token of the box of key and value, per axis. None means 0.
+        query_origin: The first token of the query's box, per axis; None: the box is the grid.
+        key_origin: The first token of the box of key and value, per axis; None: the box is the grid.
 
     Returns:
         The output ``[batch, *grid, heads, head_dim_value]``, in the query's type and contiguous; with return_lse, a

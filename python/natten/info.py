@@ -20,7 +20,8 @@ def report() -> str:
         f"core: {_C.__file__}",
         f"machine: {platform.machine()}, {torch.get_num_threads()} threads",
         f"instruction sets of this CPU with kernels here, best first: {', '.join(isas) or 'none'}",
-        f"NATTEN_CPU_ISA: {forced or 'not set: the best one is used'}",
+        _dispatch.isa_obstacle("cpu", forced)
+        or f"NATTEN_CPU_ISA: {forced or 'not set: the best one is used'}",
         f"backends: {', '.join(_dispatch.BACKENDS)}; in force: {_dispatch.backend_in_force()}",
         "",
         "what runs a 2-D problem of head dim 64 on the CPU:",

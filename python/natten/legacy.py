@@ -107,11 +107,15 @@ def _of_bias(function: str, rpb: Tensor | None) -> IntPerAxis:
             "a kernel size, as there is no bias table to tell it",
             "pass kernel_size and dilation",
         )
+    if not isinstance(rpb, Tensor):
+        reject(f"{function}: rpb", type(rpb).__name__, "a torch.Tensor, or None")
     return tuple((entries + 1) // 2 for entries in rpb.shape[1:])
 
 
 def _of_weights(function: str, rank: int, attn: Tensor) -> IntPerAxis:
     """The kernel size, the same on all axes, that so many attention weights belong to."""
+    if not isinstance(attn, Tensor) or attn.dim() == 0:
+        reject(f"{function}: attn", attn, "a torch.Tensor [batch, heads, *grid, prod(kernel_size)]")
     slots = attn.shape[-1]
     kernel_size = round(float(slots ** (1 / rank)))
     if kernel_size**rank != slots:

@@ -9,9 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from natten import _attend, _dispatch
-from natten._axes import BoolPerAxis, IntPerAxis, StrPerAxis, per_axis
+from natten._axes import (
+    BoolPerAxis,
+    IntPerAxis,
+    StrPerAxis,
+    boolean,
+    integer,
+    normalize_windows,
+    number,
+    per_axis,
+)
 from natten._errors import reject
-from natten._problem import AvOperands, QkOperands
+from natten._problem import DTYPES, AvOperands, QkOperands
 from natten._settings import NattenContext
 from natten.functional import neighborhood_attention_generic
 
@@ -39,6 +48,8 @@ class _NeighborhoodAttention(nn.Module):
         offset: IntPerAxis = 0,
         backend: str | None = None,
         use_experimental_ops: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dim = _one_of("dim", dim, "embed_dim", embed_dim)
@@ -47,36 +58,72 @@ class _NeighborhoodAttention(nn.Module):
             reject("dim", dim, f"a multiple of {num_heads}, num_heads")
         if kernel_size is None:
             reject("kernel_size", None, "an integer, or one per axis")
+        has_rpb = boolean("rel_pos_bias", rel_pos_bias)
         if bias is not None:
-            rel_pos_bias = bias
+            has_rpb = boolean("bias", bias)
+        if backend is not None:
+            _dispatch.canonical(backend)
+        if dtype is not None and dtype not in DTYPES:
+            reject("dtype", dtype, f"one of {', '.join(map(str, DTYPES))}")
 
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
-        self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
-        self.kernel_size = per_axis("kernel_size", kernel_size, self.rank)
-        self.stride = per_axis("stride", 1 if stride is None else stride, self.rank)
-        self.dilation = per_axis("dilation", 1 if dilation is None else dilation, self.rank)
-        self.is_causal = per_axis("is_causal", False if is_causal is None else is_causal, self.rank)
-        self.boundary = boundary
-        self.offset = offset
+        self.scale = self.head_dim**-0.5 if qk_scale is None else _scale(qk_scale)
+        self._set_window(kernel_size, stride, dilation, is_causal, boundary, offset)
         self.backend = backend
-        self.attn_drop_rate = attn_drop
-        self.attn_drop = nn.Dropout(attn_drop)
+        self.attn_drop_rate = _probability("attn_drop", attn_drop)
+        self.attn_drop = nn.Dropout(self.attn_drop_rate)
 
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = nn.Linear(
+            dim, 3 * dim, bias=boolean("qkv_bias", qkv_bias), device=device, dtype=dtype
+        )
         self.rpb: nn.Parameter | None
-        if rel_pos_bias:
+        if has_rpb:
             if any(size < 1 for size in self.kernel_size):
                 reject(
                     "kernel_size", kernel_size, "at least 1 on every axis with rel_pos_bias=True"
                 )
             entries = (2 * size - 1 for size in self.kernel_size)
-            self.rpb = nn.Parameter(torch.zeros(num_heads, *entries))
+            self.rpb = nn.Parameter(torch.zeros(num_heads, *entries, device=device, dtype=dtype))
             nn.init.trunc_normal_(self.rpb, std=0.02, mean=0.0, a=-2.0, b=2.0)
         else:
             self.register_parameter("rpb", None)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(_probability("proj_drop", proj_drop))
+
+    def _set_window(
+        self,
+        kernel_size: IntPerAxis,
+        stride: IntPerAxis | None = 1,
+        dilation: IntPerAxis | None = 1,
+        is_causal: BoolPerAxis | None = False,
+        boundary: StrPerAxis = "shift",
+        offset: IntPerAxis = 0,
+    ) -> None:
+        """Keeps what is said about windows, checked, as one value per axis."""
+        windows = normalize_windows(
+            self.rank, kernel_size, stride, dilation, is_causal, boundary, offset
+        )
+        self.kernel_size = tuple(window.kernel_size for window in windows)
+        self.stride = tuple(window.stride for window in windows)
+        self.dilation = tuple(window.dilation for window in windows)
+        self.is_causal = tuple(window.is_causal for window in windows)
+        self.boundary = per_axis("boundary", boundary, self.rank)
+        self.offset = tuple(window.offset for window in windows)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes pickled modules of all releases: what one did not know has the value that it computed with."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        names = ("stride", "dilation", "is_causal", "boundary", "offset")
+        self._set_window(
+            state["kernel_size"], **{name: state[name] for name in names if name in state}
+        )
+        if "rpb" not in self._parameters:
+            self.register_parameter("rpb", None)
+        if "attn_drop" not in self._modules:
+            self.attn_drop = nn.Dropout(0.0)
+        self.attn_drop_rate = state.get("attn_drop_rate", getattr(self.attn_drop, "p", 0.0))
+        self.backend = state.get("backend")
 
     def forward(self, x: Tensor, return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Attends: fused, unless something needs the attention weights in memory.
@@ -97,17 +144,7 @@ class _NeighborhoodAttention(nn.Module):
             ValueError: If `x` has the wrong shape, or is too small for the window.
             NotImplementedError: If the backend cannot run the problem, or is fused and the weights are needed.
         """
-        if x.dim() != self.rank + 2:
-            reject(
-                f"{type(self).__name__}: x.ndim",
-                x.dim(),
-                f"{self.rank + 2}: [batch, *grid, channels]",
-            )
-        if x.shape[-1] != self.qkv.in_features:
-            reject(f"{type(self).__name__}: x.shape[-1]", x.shape[-1], f"{self.qkv.in_features}")
-        # Not by unflatten, which torch.compile cannot trace under torch.set_default_device.
-        qkv = self.qkv(x).view(*x.shape[:-1], 3, self.num_heads, self.head_dim)
-        query, key, value = qkv.unbind(-3)
+        query, key, value = self._project(x)
         drops = self.training and self.attn_drop_rate > 0
         weights: Tensor | None = None
         if drops or return_weights or not _prefers_fused(self.backend):
@@ -119,6 +156,32 @@ class _NeighborhoodAttention(nn.Module):
             return projected
         assert weights is not None
         return projected, weights
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Query, key and value, ``[batch, *grid, heads, head_dim]``. Whatever is in place of the linear layer will do."""
+        name = type(self).__name__
+        if not isinstance(x, Tensor):
+            reject(f"{name}: x", type(x).__name__, "a torch.Tensor")
+        if x.dim() != self.rank + 2:
+            reject(f"{name}: x.ndim", x.dim(), f"{self.rank + 2}: [batch, *grid, channels]")
+        if not x.is_floating_point():
+            reject(f"{name}: x.dtype", x.dtype, "a floating point type", "convert it")
+        channels = getattr(self.qkv, "in_features", None)
+        if channels is not None and x.shape[-1] != channels:
+            is_first = x.shape[1] == channels
+            hint = "channels come last: pass x.movedim(1, -1)" if is_first else ""
+            reject(f"{name}: x.shape[-1]", x.shape[-1], f"{channels}", hint)
+        projected = self.qkv(x)
+        shape = (*x.shape[:-1], 3 * self.num_heads * self.head_dim)
+        if projected.shape != shape:
+            reject(
+                f"{name}: qkv(x).shape",
+                tuple(projected.shape),
+                f"{tuple(shape)}: queries, keys and values of all heads",
+            )
+        # Not by unflatten, which torch.compile cannot trace under torch.set_default_device.
+        split = projected.reshape(*x.shape[:-1], 3, self.num_heads, self.head_dim)
+        return split.unbind(-3)  # type: ignore[no-any-return]
 
     def _fused(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         attended = neighborhood_attention_generic(
@@ -162,7 +225,11 @@ class _NeighborhoodAttention(nn.Module):
             "stride": self.stride,
             "dilation": self.dilation,
             "is_causal": self.is_causal,
+            "boundary": self.boundary,
+            "offset": self.offset,
+            "qk_scale": self.scale,
             "rel_pos_bias": self.rpb is not None,
+            "backend": self.backend,
         }
         return ", ".join(f"{name}={value}" for name, value in parts.items())
 
@@ -175,9 +242,22 @@ def _prefers_fused(backend: str | None) -> bool:
 
 
 def _positive(name: str, value: int | None) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        reject(name, value, "an integer of at least 1")
-    return value
+    found = integer(name, value)
+    if found < 1:
+        reject(name, value, "at least 1")
+    return found
+
+
+def _scale(value: Any) -> Any:
+    """Tensors are left to the call, which may differentiate them."""
+    return value if isinstance(value, Tensor) else number("qk_scale", value)
+
+
+def _probability(name: str, value: float) -> float:
+    found = number(name, value)
+    if not 0 <= found <= 1:
+        reject(name, value, "a probability, 0 to 1")
+    return found
 
 
 def _one_of(name: str, value: int | None, other: str, other_value: int | None) -> int:
@@ -211,9 +291,11 @@ _DOC = """Neighborhood attention on {what}, with projections.
         offset: See there.
         backend: See there.
         use_experimental_ops: Accepted for compatibility, without effect.
+        device: Where to make the parameters; None: on torch's default device.
+        dtype: Of the parameters: float64, float32, bfloat16 or float16; None: torch's default.
 
     Raises:
-        ValueError: If an argument is wrong.
+        ValueError: If an argument is wrong: here, unless that depends on the input.
 
     Example:
         >>> import natten, torch

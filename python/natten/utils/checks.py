@@ -9,17 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natten._axes import per_axis
-from natten._capabilities import compute_capability
+from natten._axes import booleans, integers
+from natten._capabilities import as_device, compute_capability
 from natten._errors import reject
 
 
 def _integers(name: str, na_dim: int, value: Any, least: int = 1) -> tuple[int, ...]:
-    values = per_axis(name, value, na_dim)
-    for number in values:
-        if not isinstance(number, int) or isinstance(number, bool) or number < least:
-            reject(name, repr(value), f"an integer of at least {least}, or one per axis")
+    values = integers(name, value, _rank(na_dim))
+    if min(values) < least:
+        reject(name, repr(value), f"at least {least} on every axis")
     return values
+
+
+def _rank(na_dim: int) -> int:
+    if na_dim not in (1, 2, 3):
+        reject("na_dim", repr(na_dim), "1, 2 or 3")
+    return na_dim
 
 
 def check_kernel_size_arg(na_dim: int, kernel_size: Any) -> tuple[int, ...]:
@@ -56,10 +61,7 @@ def check_causal_arg(na_dim: int, is_causal: Any) -> tuple[bool, ...]:
     Raises:
         ValueError: If it is neither.
     """
-    values = per_axis("is_causal", False if is_causal is None else is_causal, na_dim)
-    if not all(isinstance(flag, bool) for flag in values):
-        reject("is_causal", repr(is_causal), "True or False, or one of them per axis")
-    return values
+    return booleans("is_causal", False if is_causal is None else is_causal, _rank(na_dim))
 
 
 def check_all_args(na_dim: int, kernel_size: Any, *others: Any, **named: Any) -> tuple[Any, ...]:
@@ -103,7 +105,7 @@ def check_all_args(na_dim: int, kernel_size: Any, *others: Any, **named: Any) ->
 
 def get_num_na_weights(kernel_size: tuple[int, ...]) -> int:
     """Attention weights of a query: the number of tokens in its window."""
-    return math.prod(kernel_size)
+    return math.prod(integers("kernel_size", kernel_size, len(kernel_size)))
 
 
 def make_attn_tensor_from_input(input_tensor: Tensor, num_na_weights: int) -> Tensor:
@@ -115,6 +117,8 @@ def _count_tokens(name: str, additional: Tensor | None, like: Tensor) -> int:
     if additional is None:
         return 0
     batch, heads, *_, head_dim = like.shape
+    if not isinstance(additional, Tensor):
+        reject(name, type(additional).__name__, "a torch.Tensor")
     got = tuple(additional.shape)
     if len(got) != 4 or got != (batch, heads, got[2], head_dim):
         reject(f"{name}.shape", got, f"[{batch}, {heads}, tokens, {head_dim}]")
@@ -184,6 +188,6 @@ def check_backward_tiling_config(na_dim: int, tiling_config: Any) -> Any:
 
 def get_device_cc(device: torch.device | str | int | None = None) -> int:
     """The architecture of an NVIDIA GPU: 86 for SM86; 0 if there is none."""
-    index = device if device is None or isinstance(device, int) else torch.device(device).index
+    index = device if device is None or isinstance(device, int) else as_device(device).index
     capability = compute_capability(index)
     return 0 if capability is None else 10 * capability[0] + capability[1]
