@@ -28,6 +28,7 @@ from natten._problem import (
     normalize_qk,
 )
 from natten._settings import AutotunerContext
+from natten._signature import lse_dtype
 
 
 class Plan(NamedTuple):
@@ -137,7 +138,7 @@ def _run(
     if plan.backend == "flex":
         return _flex.forward(operands, problem.flat_axes, problem.scale)
     if operands.rpb is not None:
-        operands = operands._replace(rpb=operands.rpb.to(_ops.lse_dtype(problem.dtype)))
+        operands = operands._replace(rpb=operands.rpb.to(lse_dtype(problem.dtype)))
     settings: tuple[Any, ...] = problem.flat_axes, problem.scale, plan.backend
     if tile_shapes:
         settings += (tile_shapes,)
@@ -190,7 +191,7 @@ def qk(rank: int, backend: str | None, operands: QkOperands, *arguments: Any) ->
     for dim, start, length in plan.problem.narrowing:
         query = query.narrow(dim, start, length)
     if rpb is not None:
-        rpb = rpb.to(_ops.lse_dtype(query.dtype))
+        rpb = rpb.to(lse_dtype(query.dtype))
     settings = plan.problem.flat_axes, -math.inf, plan.backend
     weights: Tensor = _ops.run(_unfused.QK, plan.needs_grad, query, key, rpb, *settings)
     if additional_keys is None:
