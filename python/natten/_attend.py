@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from natten import _autotune, _dispatch, _flex, _ops, _unfused
+from natten._autocast import without_autocast
 from natten._axes import TILE_ARGUMENTS, normalize_tile_shapes
 from natten._errors import reject
 from natten._problem import (
@@ -247,6 +248,7 @@ def av(rank: int, backend: str | None, operands: AvOperands, *arguments: Any) ->
     return output + _product(attn[..., slots:], additional_values)
 
 
+@without_autocast
 def _product(rows: Tensor, matrix: Tensor) -> Tensor:
     """[batch, heads, *grid, n] of rows [batch, heads, *grid, m] and a matrix [batch, heads_kv, m, n] a head."""
     batch, heads, *grid, width = rows.shape

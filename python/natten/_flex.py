@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from natten import _C
+from natten._autocast import without_autocast
 from natten._axes import AXIS_INTS
 from natten._problem import Operands
 
@@ -150,6 +151,7 @@ def _missing(tables: tuple[_AxisTable, ...]) -> Tensor:
     return counted - present
 
 
+@without_autocast
 def forward(operands: Operands, flat_axes: tuple[int, ...], scale: float) -> tuple[Tensor, Tensor]:
     """Output [batch, *grid, heads, head_dim_value] and LSE [batch, *grid, heads] of a problem."""
     from torch.nn.attention.flex_attention import AuxRequest
