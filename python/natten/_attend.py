@@ -182,17 +182,20 @@ def _run(
         operands = operands._replace(query=operands.query.narrow(dim, start, length))
     if isinstance(scale, Tensor):
         operands = operands._replace(query=scaled(operands.query, scale))
-    if plan.backend == "flex":
-        return _flex.forward(operands, problem.flat_axes, problem.scale)
+    name = plan.backend
+    if name == "flex":
+        if operands.query.numel() > 0 and operands.key.numel() > 0:
+            return _flex.forward(operands, problem.flat_axes, problem.scale)
+        name = "reference"  # FlexAttention takes no empty tensors, and there is nothing to compute
     if operands.rpb is not None:
         operands = operands._replace(rpb=operands.rpb.to(lse_dtype(problem.dtype)))
-    settings: tuple[Any, ...] = problem.flat_axes, problem.scale, plan.backend
+    settings: tuple[Any, ...] = problem.flat_axes, problem.scale, name
     if tile_shapes != _BY_COST:
         settings += (normalize_tile_shapes(tile_shapes, problem.rank),)
         if plan.needs_grad:
             _ops.check_backward(operands, *settings)
     elif AutotunerContext.enabled_for_forward or AutotunerContext.enabled_for_backward:
-        settings += (_autotune.tile_shapes(problem, plan.backend, plan.needs_grad, operands),)
+        settings += (_autotune.tile_shapes(problem, name, plan.needs_grad, operands),)
     return _ops.run(_ops.FORWARD, plan.needs_grad, *operands, *settings)  # type: ignore[no-any-return]
 
 
