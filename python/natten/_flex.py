@@ -61,7 +61,7 @@ def _kept(function: Callable[..., _T]) -> Callable[..., _T]:
     def call(*arguments: Any) -> _T:
         if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
             return function(*arguments)
-        with torch.inference_mode(mode=False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             return cached(*arguments)
 
     return call
