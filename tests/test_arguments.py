@@ -746,13 +746,13 @@ def test_ops_check_shapes_before_they_read():
     axes = [8, 3, 1, 1, 0, 0, 0, 0, 8, 0, 8]
     torch.ops.natten.forward(x, x, x, None, None, None, axes, 1.0, "auto")
     longer = [9, 3, 1, 1, 0, 0, 0, 0, 9, 0, 9]
-    with pytest.raises(ValueError, match="shapes of the operands"):
+    with pytest.raises(ValueError, match=r"shape = .*; wanted"):
         torch.ops.natten.forward(x, x, x, None, None, None, longer, 1.0, "auto")
-    with pytest.raises(ValueError, match="shapes of the operands"):
+    with pytest.raises(ValueError, match=r"shape = .*; wanted"):
         torch.ops.natten.forward(x, x, x[:, :7], None, None, None, axes, 1.0, "auto")
-    with pytest.raises(ValueError, match=r"bfloat16 on cpu; wanted torch\.float32 on cpu"):
+    with pytest.raises(ValueError, match=r"value.dtype = torch.bfloat16; wanted torch\.float32"):
         torch.ops.natten.forward(x, x, x.bfloat16(), None, None, None, axes, 1.0, "auto")
-    with pytest.raises(ValueError, match="output, lse and d_output"):
+    with pytest.raises(ValueError, match=r"d_output.shape = \(1, 7, 1, 4\); wanted \(1, 8, 1, 4\)"):
         torch.ops.natten.backward(
             x, x, x, None, None, None, x, x[..., 0], x[:, :7], None, axes, 1.0, "auto"
         )

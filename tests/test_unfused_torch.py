@@ -77,28 +77,6 @@ def leaves_of(arguments):
     return [a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments]
 
 
-WRONG = {
-    "slots": lambda ops, x, w, axes: ops.av(w[..., :2], x, axes, "auto"),
-    "grid": lambda ops, x, w, axes: ops.qk(x, x[:, :, :7], None, axes, 0.0, "auto"),
-    "rank": lambda ops, x, w, axes: ops.qk(x[0], x[0], None, axes, 0.0, "auto"),
-    "axes": lambda ops, x, w, axes: ops.qk(x, x, None, axes[:-1], 0.0, "auto"),
-    "bias": lambda ops, x, w, axes: ops.qk(x, x, torch.randn(4, 4), axes, 0.0, "auto"),
-    "heads": lambda ops, x, w, axes: ops.av_transposed(w, x, axes, 3, "auto"),
-    "no heads": lambda ops, x, w, axes: ops.av_transposed(w, x, axes, 0, "auto"),
-    "type": lambda ops, x, w, axes: ops.av(w, x.bfloat16(), axes, "auto"),
-    "queries": lambda ops, x, w, axes: ops.rpb_gradient(w[:, :, :7], axes, "auto"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_ops_check_tensors_before_they_read(case):
-    axes = [8, 3, 1, 1, 0, 0, 0, 0, 8, 0, 8]
-    x, weights = torch.randn(1, 4, 8, 5), torch.randn(1, 4, 8, 3)
-    torch.ops.natten.av(weights, x, axes, "auto")
-    with pytest.raises(ValueError, match=r"shapes of the operands|heads = 4 must|torch.bfloat16"):
-        WRONG[case](torch.ops.natten, x, weights, axes)
-
-
 # Derivatives ----------------------------------------------------------------------------------------------------------
 
 

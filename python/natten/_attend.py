@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from natten import _autotune, _dispatch, _flex, _ops, _unfused
+from natten._autocast import without_autocast
 from natten._axes import TILE_ARGUMENTS, normalize_tile_shapes
 from natten._errors import reject
 from natten._problem import (
@@ -28,6 +31,7 @@ from natten._problem import (
     normalize_qk,
 )
 from natten._settings import AutotunerContext
+from natten._signature import lse_dtype
 
 
 class Plan(NamedTuple):
@@ -45,17 +49,23 @@ class _PerAxis(NamedTuple):
     types: tuple[type, ...]
 
 
-_NOT_A_KEY = frozenset((list, tuple, Tensor))
+# Equal ones mean the same, and go on meaning it.
+_PLAIN = frozenset((int, bool, float, str, type(None)))
 
 
 def _key(argument: Any) -> Any:
-    if type(argument) in (list, tuple):
-        types = tuple(map(type, argument))
-        if Tensor not in types:
-            return _PerAxis(tuple(argument), types)
-    elif type(argument) is not Tensor:
+    """`argument` as part of a cache key: by its value now, not by who it is."""
+    if type(argument) in _PLAIN:
         return argument
-    message = "tensors are hashed by identity, and their numbers may change"
+    if type(argument) in (list, tuple, torch.Size):
+        values = tuple(map(_key, argument))
+        if _PLAIN.issuperset(map(type, values)):
+            return _PerAxis(values, tuple(map(type, values)))
+    if isinstance(argument, numbers.Integral):
+        return operator.index(argument)
+    if isinstance(argument, numbers.Real):
+        return float(argument)
+    message = f"a {type(argument).__name__} may change what it stands for"
     raise TypeError(message)
 
 
@@ -93,9 +103,11 @@ def _plan(
     name = _dispatch.backend_in_force() if backend is None else _dispatch.canonical(backend)
     isa = _dispatch.forced_isa()
     try:
-        keys = arguments if _NOT_A_KEY.isdisjoint(map(type, arguments)) else map(_key, arguments)
+        keys = arguments if _PLAIN.issuperset(map(type, arguments)) else map(_key, arguments)
         return _cached_plan(normalizer, needs_grad, name, isa, infos, *keys)
-    except TypeError:  # Something cannot be hashed: a symbolic size, an array, a tensor.
+    except (
+        TypeError
+    ):  # Something is no key: a symbolic size, an array, a tensor, an object of somebody else's.
         return _cached_plan.__wrapped__(normalizer, needs_grad, name, isa, infos, *arguments)
 
 
@@ -128,27 +140,63 @@ def _autocast(operands: _T) -> _T:
     return type(operands)(*map(cast, operands._fields, operands))
 
 
-def _run(
-    plan: Plan, operands: Operands, tile_shapes: tuple[int, ...] = ()
-) -> tuple[Tensor, Tensor]:
-    problem = plan.problem
-    for dim, start, length in problem.narrowing:
-        operands = operands._replace(query=operands.query.narrow(dim, start, length))
-    if plan.backend == "flex":
-        return _flex.forward(operands, problem.flat_axes, problem.scale)
-    if operands.rpb is not None:
-        operands = operands._replace(rpb=operands.rpb.to(_ops.lse_dtype(problem.dtype)))
-    settings: tuple[Any, ...] = problem.flat_axes, problem.scale, plan.backend
-    if tile_shapes:
-        settings += (tile_shapes,)
-        if plan.needs_grad:
-            _ops.check_backward(operands, *settings)
-    elif AutotunerContext.enabled_for_forward or AutotunerContext.enabled_for_backward:
-        settings += (_autotune.tile_shapes(problem, plan.backend, plan.needs_grad, operands),)
-    return _ops.run(_ops.FORWARD, plan.needs_grad, *operands, *settings)  # type: ignore[no-any-return]
+def scaled(query: Tensor, scale: float | Tensor) -> Tensor:
+    """`query` [..., heads, head_dim] times `scale`: a number, or a tensor, of one or of one per head, with a gradient."""
+    if not isinstance(scale, Tensor):
+        return query * scale
+    heads = query.shape[-2]
+    if tuple(scale.shape) not in ((), (1,), (heads,)):
+        wanted = f"() or ({heads},): one number, or one per head"
+        reject("scale.shape", tuple(scale.shape), wanted)
+    if scale.dtype == torch.bool or scale.is_complex():
+        reject("scale.dtype", scale.dtype, "real numbers")
+    if scale.dim() > 0 and scale.device != query.device:
+        reject("scale.device", scale.device, f"{query.device}, as the query", "move one")
+    compute = lse_dtype(query.dtype)
+    factor = scale.to(compute)
+    return (query.to(compute) * (factor[:, None] if scale.dim() else factor)).to(query.dtype)
 
 
 _BY_COST = (None,) * len(TILE_ARGUMENTS)
+
+
+def _run(
+    normalizer: Callable[..., Problem],
+    backend: str | None,
+    operands: Operands,
+    arguments: tuple[Any, ...],
+    tile_shapes: tuple[Any, ...] = _BY_COST,
+) -> tuple[Tensor, Tensor]:
+    """Output and LSE of a problem; the last of the normalizer's `arguments` is the scale."""
+    if torch._C._is_any_autocast_enabled():
+        operands = _autocast(operands)
+    tensors: tuple[Tensor | None, ...] = operands
+    scale = arguments[-1]
+    if isinstance(
+        scale, Tensor
+    ):  # no number of the problem, but a factor of the query, which has a gradient
+        tensors, arguments = (*operands, scale), (*arguments[:-1], 1.0)
+    plan = _plan(normalizer, tensors, operands.describe(), arguments, backend)
+    problem = plan.problem
+    for dim, start, length in problem.narrowing:
+        operands = operands._replace(query=operands.query.narrow(dim, start, length))
+    if isinstance(scale, Tensor):
+        operands = operands._replace(query=scaled(operands.query, scale))
+    name = plan.backend
+    if name == "flex":
+        if operands.query.numel() > 0 and operands.key.numel() > 0:
+            return _flex.forward(operands, problem.flat_axes, problem.scale)
+        name = "reference"  # FlexAttention takes no empty tensors, and there is nothing to compute
+    if operands.rpb is not None:
+        operands = operands._replace(rpb=operands.rpb.to(lse_dtype(problem.dtype)))
+    settings: tuple[Any, ...] = problem.flat_axes, problem.scale, name
+    if tile_shapes != _BY_COST:
+        settings += (normalize_tile_shapes(tile_shapes, problem.rank),)
+        if plan.needs_grad:
+            _ops.check_backward(operands, *settings)
+    elif AutotunerContext.enabled_for_forward or AutotunerContext.enabled_for_backward:
+        settings += (_autotune.tile_shapes(problem, name, plan.needs_grad, operands),)
+    return _ops.run(_ops.FORWARD, plan.needs_grad, *operands, *settings)  # type: ignore[no-any-return]
 
 
 def neighborhood(
@@ -162,23 +210,14 @@ def neighborhood(
 
     `arguments` are those of `normalize`, from kernel_size on, and `tile_shapes` the values of `TILE_ARGUMENTS`.
     """
-    if torch._C._is_any_autocast_enabled():
-        operands = _autocast(operands)
-    infos = operands.describe()
-    plan = _plan(normalize, operands, infos, (rank, *arguments), backend)
-    if tile_shapes == _BY_COST:
-        return _run(plan, operands)
-    return _run(plan, operands, normalize_tile_shapes(tile_shapes, plan.problem.rank))
+    return _run(normalize, backend, operands, (rank, *arguments), tile_shapes)
 
 
 def dense(
-    backend: str | None, operands: Operands, is_causal: bool, scale: float | None
+    backend: str | None, operands: Operands, is_causal: bool, scale: float | Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Output and LSE of dense attention."""
-    if torch._C._is_any_autocast_enabled():
-        operands = _autocast(operands)
-    infos = operands.describe()
-    return _run(_plan(normalize_dense, operands, infos, (is_causal, scale), backend), operands)
+    return _run(normalize_dense, backend, operands, (is_causal, scale))
 
 
 def qk(rank: int, backend: str | None, operands: QkOperands, *arguments: Any) -> Tensor:
@@ -190,7 +229,7 @@ def qk(rank: int, backend: str | None, operands: QkOperands, *arguments: Any) ->
     for dim, start, length in plan.problem.narrowing:
         query = query.narrow(dim, start, length)
     if rpb is not None:
-        rpb = rpb.to(_ops.lse_dtype(query.dtype))
+        rpb = rpb.to(lse_dtype(query.dtype))
     settings = plan.problem.flat_axes, -math.inf, plan.backend
     weights: Tensor = _ops.run(_unfused.QK, plan.needs_grad, query, key, rpb, *settings)
     if additional_keys is None:
@@ -212,6 +251,7 @@ def av(rank: int, backend: str | None, operands: AvOperands, *arguments: Any) ->
     return output + _product(attn[..., slots:], additional_values)
 
 
+@without_autocast
 def _product(rows: Tensor, matrix: Tensor) -> Tensor:
     """[batch, heads, *grid, n] of rows [batch, heads, *grid, m] and a matrix [batch, heads_kv, m, n] a head."""
     batch, heads, *grid, width = rows.shape
@@ -250,6 +290,10 @@ def explain(
     if op not in _EXPLAINED:
         reject("op", repr(op), f"one of {', '.join(map(repr, _EXPLAINED))}")
     name = _dispatch.backend_in_force() if backend is None else _dispatch.canonical(backend)
+    operands = _autocast(operands)
+    tensors: tuple[Tensor | None, ...] = operands
+    if isinstance(arguments[-1], Tensor):
+        tensors, arguments = (*operands, arguments[-1]), (*arguments[:-1], 1.0)
     problem = normalize(operands.describe(), None, *arguments)
     if op != "attention":
         # Their kernels see the window's slots, and tokens of one head dim.
@@ -263,6 +307,6 @@ def explain(
             has_rpb=problem.has_rpb and op == "qk",
         )
     isa = _dispatch.forced_isa()
-    found = _dispatch.candidates(problem, _needs_grad(operands), isa, device, name)
+    found = _dispatch.candidates(problem, _needs_grad(tensors), isa, device, name)
     asked = (c for c in found if c.belongs_to(name) and not c.reasons)
     return Explanation(tuple(found), name, next(asked, None))

@@ -72,6 +72,8 @@ def number(name: str, value: Any) -> float:
         isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) or hasattr(value, "__float__")
     ):
         reject(name, repr(value), "a number")
+    if isinstance(value, Tensor) and value.numel() != 1:
+        reject(f"{name}.shape", tuple(value.shape), "(): one number")
     return float(value)
 
 

@@ -5,16 +5,12 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import NamedTuple, TypeAlias
-
-import torch
+from typing import Any, NamedTuple
 
 from natten import _C, _dispatch
-from natten._axes import AXIS_INTS, Axis
-from natten._dispatch import FUSED_OPS, Candidate
+from natten._dispatch import Candidate
 from natten._errors import reject
-
-_Shape: TypeAlias = "tuple[int, ...] | None"  # None: there is no such tensor
+from natten._signature import axes_of, check_infos, infos_of
 
 
 class Launch(NamedTuple):
@@ -25,51 +21,46 @@ class Launch(NamedTuple):
     workspace_bytes: int
 
 
-class _Sizes(NamedTuple):
-    """What the shapes of the tensors say beside the axes."""
-
-    batch: int
-    heads: int
-    heads_kv: int
-    head_dim: int
-    head_dim_value: int
-    additional_keys: int
-
-
 @lru_cache(maxsize=1024)
 def launch(
     op: str,
     backend: str,
     isa: str,
-    dtype: torch.dtype,
     flat_axes: tuple[int, ...],
-    shapes: tuple[_Shape, ...],
+    heads_kv: int | None,
     scale: float,
     arch: int,
     allow_tf32: bool,
-    tile_shapes: tuple[int, ...] = (),
+    tile_shapes: tuple[int, ...],
+    *facts: Any,
 ) -> Launch:
     """The problem as the core sees it, and the kernel that runs `op` of it.
 
-    `shapes` are those of the operands of attention; of an unfused op, those of query, key, weights and bias.
-    `tile_shapes`, if there are any, are as `normalize_tile_shapes` puts them.
+    `heads_kv` is for the op that has no tensor of keys. `tile_shapes`, if there are any, are as `normalize_tile_shapes`
+    puts them, and `facts` are those of the op's tensors, in their order, as `facts_of` puts them.
 
     Raises:
-        ArgumentError: If the shapes do not fit the axes or each other: the core would read out of bounds. If the kernel
+        ArgumentError: If the tensors do not fit the axes or each other: the core would read out of bounds. If the kernel
             does not take these tiles.
         NotImplementedError: If no kernel of the backend can run it.
     """
-    axes = [Axis(*flat_axes[i : i + AXIS_INTS]) for i in range(0, len(flat_axes), AXIS_INTS)]
-    sizes, fitting = (_fit if op in FUSED_OPS else _fit_unfused)(axes, *shapes)
-    if shapes != fitting:
-        reject("shapes of the operands", shapes, f"{fitting}, by the axes {axes}")
+    axes = axes_of(flat_axes)
+    known = {} if heads_kv is None else {"heads_kv": heads_kv}
+    sizes = check_infos(op, infos_of(facts), axes, **known)
+    if tile_shapes and (
+        len(tile_shapes) != 4 * len(axes) or min(tile_shapes) < 0 or max(tile_shapes) >= 2**31
+    ):
+        reject(
+            "tile_shapes",
+            tile_shapes,
+            f"{4 * len(axes)} sides, each at least 1, or 0 where any will do",
+        )
     half = len(tile_shapes) // 2
     tile_shapes = tile_shapes[half:] if op == "backward" else tile_shapes[:half]
     problem = _C.Problem(
-        str(dtype).removeprefix("torch."),
+        str(sizes.dtype).removeprefix("torch."),
         flat_axes,
-        *sizes,
-        shapes[-1] is not None,
+        *sizes[1:],
         scale,
         allow_tf32,
         tile_shapes,
@@ -84,63 +75,13 @@ def launch(
         raise _dispatch.nothing_runs(backend, found)
     # Dense attention to an empty sequence is the one problem that has queries, but no keys.
     has_keys = sizes.additional_keys > 0 or all(axis.key_extent > 0 for axis in axes)
-    if 0 in sizes[:-1] or any(axis.query_extent == 0 for axis in axes) or not has_keys:
+    if sizes.batch == 0 or any(axis.query_extent == 0 for axis in axes) or not has_keys:
         return Launch(problem, None, 0)
     chosen = _with_tiles(op, tile_shapes, able).name if any(tile_shapes) else able[0].name
     return Launch(problem, chosen, _C.workspace_bytes(problem, op, chosen, arch))
 
 
 _dispatch.caches_of_choices.append(launch.cache_clear)
-
-
-def _fit(
-    axes: list[Axis],
-    query: _Shape,
-    key: _Shape,
-    value: _Shape,
-    additional_keys: _Shape,
-    _: _Shape,
-    rpb: _Shape,
-) -> tuple[_Sizes, tuple[_Shape, ...]]:
-    """The sizes that some of the shapes tell, and the shapes that fit them all."""
-    assert query is not None
-    assert key is not None
-    assert value is not None
-    batch, heads, head_dim = query[0], query[-2], query[-1]
-    heads_kv, head_dim_value = key[-2], value[-1]
-    additional = 0 if additional_keys is None else additional_keys[1]
-    keys = tuple(axis.key_extent for axis in axes)
-    fitting = (
-        (batch, *(axis.query_extent for axis in axes), heads, head_dim),
-        (batch, *keys, heads_kv, head_dim),
-        (batch, *keys, heads_kv, head_dim_value),
-        None if additional_keys is None else (batch, additional, heads_kv, head_dim),
-        None if additional_keys is None else (batch, additional, heads_kv, head_dim_value),
-        None if rpb is None else _table(heads, axes),
-    )
-    return _Sizes(batch, heads, heads_kv, head_dim, head_dim_value, additional), fitting
-
-
-def _fit_unfused(
-    axes: list[Axis], query: _Shape, key: _Shape, weights: _Shape, rpb: _Shape
-) -> tuple[_Sizes, tuple[_Shape, ...]]:
-    """The same of the unfused ops, heads first; the gradient of the bias has neither query nor key."""
-    assert weights is not None
-    batch, heads = weights[:2]
-    heads_kv, head_dim = (heads, 1) if key is None else (key[1], key[-1])
-    grid = tuple(axis.query_extent for axis in axes)
-    fitting = (
-        None if query is None else (batch, heads, *grid, head_dim),
-        None if key is None else (batch, heads_kv, *(axis.key_extent for axis in axes), head_dim),
-        (batch, heads, *grid, math.prod(axis.kernel_size for axis in axes)),
-        None if rpb is None else _table(heads, axes),
-    )
-    return _Sizes(batch, heads, heads_kv, head_dim, head_dim, 0), fitting
-
-
-def _table(heads: int, axes: list[Axis]) -> tuple[int, ...]:
-    """The shape of the bias."""
-    return (heads, *(2 * axis.kernel_size - 1 for axis in axes))
 
 
 def _with_tiles(op: str, tile_shapes: tuple[int, ...], able: list[_C.Kernel]) -> _C.Kernel:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from natten._autocast import without_autocast
 from natten._errors import reject
 
 
@@ -47,6 +48,11 @@ def merge_attentions(
         True
     """
     _check(outputs, lse_tensors)
+    return _merge(outputs, lse_tensors)
+
+
+@without_autocast
+def _merge(outputs: Sequence[Tensor], lse_tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     compute = torch.promote_types(outputs[0].dtype, lse_tensors[0].dtype)
     lses = torch.stack([lse.to(compute) for lse in lse_tensors])
     # The result does not change with what is subtracted: no gradient needs to flow through it.

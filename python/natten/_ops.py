@@ -20,6 +20,7 @@ from natten import _C, _dispatch, _launch, reference
 from natten._axes import AXIS_INTS
 from natten._errors import reject
 from natten._problem import Operands
+from natten._signature import check, facts_of, lse_dtype
 
 Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -38,11 +39,6 @@ library.define(
 )
 FORWARD: Any = torch.ops.natten.forward.default
 BACKWARD: Any = torch.ops.natten.backward.default
-
-
-def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of LSE and of the bias table, for tensors of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def run(op: Any, needs_grad: bool, *arguments: Any) -> Any:
@@ -104,31 +100,26 @@ def launch(
     axes: tuple[int, ...],
     scale: float = 1.0,
     tile_shapes: Sequence[int] = (),
+    heads_kv: int | None = None,
 ) -> _launch.Launch:
-    """What runs `op` of these tensors, on the device where they are. The last one may be a bias, of any type."""
+    """What runs `op` of these tensors, on the device where they are; raises if they are not what the op takes."""
     like = tensors[0]
-    if like is None:
-        like = next(tensor for tensor in tensors if tensor is not None)
-    dtype, is_cpu = like.dtype, like.is_cpu
-    for tensor in tensors[1:-1]:
-        if tensor is not None and (tensor.dtype != dtype or tensor.is_cpu != is_cpu):
-            wanted = f"{like.dtype} on {like.device}, as the first"
-            reject("a tensor of the op", f"{tensor.dtype} on {tensor.device}", wanted)
+    assert like is not None
     arch, allow_tf32 = 0, False
-    if not is_cpu:
+    if not like.is_cpu:
         arch = _dispatch.arch_of(like.device) or 0
-        allow_tf32 = dtype == torch.float32 and _dispatch.allows_tf32(op)
+        allow_tf32 = like.dtype == torch.float32 and _dispatch.allows_tf32(op)
     return _launch.launch(
         op,
         backend,
         _dispatch.forced_isa(),
-        dtype,
         axes,
-        tuple([None if tensor is None else tensor.shape for tensor in tensors]),
+        heads_kv,
         scale,
         arch,
         allow_tf32,
         tuple(tile_shapes),
+        *facts_of(tensors),
     )
 
 
@@ -147,7 +138,9 @@ def _run(run: Any, query: Tensor, workspace_bytes: int, *arguments: Any) -> None
         run(*arguments, 1, _dispatch.arch_of(query.device), stream, address)
 
 
-def _resolve(backend: str, query: Tensor) -> str:
+def _resolve(backend: str, query: Tensor | None) -> str:
+    if query is None:
+        reject("the first tensor of the op", None, "a tensor")
     if backend == _dispatch.IN_FORCE:
         backend = _dispatch.backend_in_force()
     if backend == "reference":
@@ -183,6 +176,7 @@ def _forward(
     operands = (query, key, value, additional_keys, additional_values, rpb)
     flat_axes = tuple(axes)
     if backend == "reference":
+        check("forward", operands, flat_axes)
         return reference.forward(Operands(*operands), flat_axes, scale)
     problem, kernel, workspace_bytes = launch(
         "forward", backend, operands, flat_axes, scale, tile_shapes
@@ -257,23 +251,20 @@ def _backward(
 ) -> Gradients:
     backend = _resolve(backend, query)
     operands = Operands(query, key, value, additional_keys, additional_values, rpb)
+    tensors = (*operands, output, lse, d_output, d_lse)
     flat_axes = tuple(axes)
-    gradients = _empty_gradients(operands)
     if backend == "reference":
+        check("backward", tensors, flat_axes)
+        gradients = _empty_gradients(operands)
         computed = reference.backward(operands, d_output, d_lse, flat_axes, scale)
         for gradient, result in zip(gradients, computed, strict=True):
             if result is not None:
                 gradient.copy_(result)
         return gradients
-    if (
-        output.shape != d_output.shape
-        or lse.shape != query.shape[:-1]
-        or output.shape[:-1] != lse.shape
-    ):
-        reject("output, lse and d_output", "of different grids", "those of the query")
     problem, kernel, workspace_bytes = launch(
-        "backward", backend, operands, flat_axes, scale, tile_shapes
+        "backward", backend, tensors, flat_axes, scale, tile_shapes
     )
+    gradients = _empty_gradients(operands)
     if kernel is None:
         for gradient in gradients:
             gradient.zero_()
@@ -332,28 +323,16 @@ library.impl("backward", _backward, "CompositeExplicitAutograd")
 # Shapes -------------------------------------------------------------------------------------------------------------
 
 
-def _forward_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    rpb: Tensor | None,
-    *_: Any,
-) -> tuple[Tensor, Tensor]:
-    return _empty_output(query, value)
+def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    operands, axes = arguments[:6], arguments[6]
+    check("forward", operands, axes)
+    return _empty_output(operands[0], operands[2])
 
 
-def _backward_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    rpb: Tensor | None,
-    *_: Any,
-) -> Gradients:
-    return _empty_gradients(Operands(query, key, value, additional_keys, additional_values, rpb))
+def _backward_fake(*arguments: Any) -> Gradients:
+    tensors, axes = arguments[:10], arguments[10]
+    check("backward", tensors, axes)
+    return _empty_gradients(Operands(*tensors[:6]))
 
 
 torch.library.register_fake("natten::forward", _forward_fake, lib=library)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from natten._autocast import without_autocast
 from natten.reference import (
     _KERNEL_SIZE,
     _KEY_EXTENT,
@@ -55,6 +56,7 @@ def _filled(weights: Tensor, chunk: _Chunk) -> Tensor:
     return weights[:, chunk.queries].masked_fill(~chunk.present[:, None, None], 0)
 
 
+@without_autocast
 def qk(
     query: Tensor, key: Tensor, rpb: Tensor | None, flat_axes: tuple[int, ...], unused: float
 ) -> Tensor:
@@ -72,6 +74,7 @@ def qk(
     return _on_grid(parts, query, math.prod(axis[_KERNEL_SIZE] for axis in _axes(flat_axes)))
 
 
+@without_autocast
 def av(weights: Tensor, value: Tensor, flat_axes: tuple[int, ...]) -> Tensor:
     """Tokens of the queries: the sum of values by their weights. Slots without a key may hold anything."""
     columns, values = _queries(weights, value.shape[1]), _keys(value)
@@ -82,6 +85,7 @@ def av(weights: Tensor, value: Tensor, flat_axes: tuple[int, ...]) -> Tensor:
     return _on_grid(parts, weights, value.shape[-1])
 
 
+@without_autocast
 def av_transposed(weights: Tensor, x: Tensor, flat_axes: tuple[int, ...], heads_kv: int) -> Tensor:
     """Tokens of the keys: the sum of x [batch, heads, *grid of the queries, head_dim] by the weights."""
     columns, queries = _queries(weights, heads_kv), _queries(x, heads_kv)
@@ -96,6 +100,7 @@ def av_transposed(weights: Tensor, x: Tensor, flat_axes: tuple[int, ...], heads_
     return total.transpose(1, 2).reshape(shape).to(x.dtype).contiguous()
 
 
+@without_autocast
 def rpb_gradient(weights: Tensor, flat_axes: tuple[int, ...]) -> Tensor:
     """[heads, *(2 * kernel_size - 1)]: sums of the weights of equal head and relative position."""
     heads = weights.shape[1]

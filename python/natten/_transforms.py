@@ -13,6 +13,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from natten import reference
+from natten._autocast import without_autocast
 from natten._ops import BACKWARD, FORWARD, library
 from natten._problem import Operands
 
@@ -66,7 +67,12 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
-        saved = ctx.saved_tensors
+        return _Backward.differentiate(ctx.saved_tensors, ctx, cotangents)
+
+    @staticmethod
+    @without_autocast
+    def differentiate(saved: Any, ctx: Any, cotangents: Any) -> Any:
+        """Of the saved tensors."""
         present = [i for i, tensor in enumerate(saved) if tensor is not None]
 
         def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:

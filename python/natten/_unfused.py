@@ -18,7 +18,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from natten import _C, _reference_unfused
 from natten._axes import AXIS_INTS
-from natten._ops import _ABSENT, _resolve, _run, attended_pairs, launch, library, lse_dtype
+from natten._launch import Launch
+from natten._ops import _ABSENT, _resolve, _run, attended_pairs, launch, library
+from natten._signature import check, lse_dtype
 from natten._transforms import (
     _below_autograd,
     _fold,
@@ -57,8 +59,7 @@ def _readable(tensor: Tensor) -> tuple[Tensor, _C.Tensor]:
 
 def _compute(
     op: str,
-    backend: str,
-    axes: Sequence[int],
+    plan: Launch,
     written: Tensor,
     query: Tensor | None,
     key: Tensor | None,
@@ -67,8 +68,7 @@ def _compute(
     unused: float = 0.0,
 ) -> Tensor:
     """Writes the one of query, key and weights that the op computes, or else `written`, the bias gradient."""
-    tensors = (query, key, weights, rpb)
-    problem, kernel, workspace_bytes = launch(op, backend, tensors, tuple(axes))
+    problem, kernel, workspace_bytes = plan
     if kernel is None:
         return written.zero_()
     query_ref = key_ref = _ABSENT
@@ -100,18 +100,23 @@ def _qk(
     query: Tensor, key: Tensor, rpb: Tensor | None, axes: list[int], unused: float, backend: str
 ) -> Tensor:
     backend = _resolve(backend, query)
+    tensors = query, key, rpb
     if backend == "reference":
-        return _reference_unfused.qk(query, key, rpb, tuple(axes), unused)
-    weights = _qk_fake(query, key, rpb, axes)
-    return _compute("qk", backend, axes, weights, query, key, weights, rpb, unused)
+        check("qk", tensors, axes)
+        return _reference_unfused.qk(*tensors, tuple(axes), unused)
+    plan = launch("qk", backend, tensors, tuple(axes))
+    weights = _empty_weights(query, axes)
+    return _compute("qk", plan, weights, query, key, weights, rpb, unused)
 
 
 def _av(weights: Tensor, value: Tensor, axes: list[int], backend: str) -> Tensor:
     backend = _resolve(backend, weights)
     if backend == "reference":
+        check("av", (weights, value), axes)
         return _reference_unfused.av(weights, value, tuple(axes))
-    output = _av_fake(weights, value)
-    return _compute("av", backend, axes, output, output, value, weights)
+    plan = launch("av", backend, (weights, value), tuple(axes))
+    output = _empty_queries(weights, value)
+    return _compute("av", plan, output, output, value, weights)
 
 
 def _av_transposed(
@@ -119,17 +124,20 @@ def _av_transposed(
 ) -> Tensor:
     backend = _resolve(backend, weights)
     if backend == "reference":
+        check("av_transposed", (weights, x), axes, heads_kv=heads_kv)
         return _reference_unfused.av_transposed(weights, x, tuple(axes), heads_kv)
-    output = _av_transposed_fake(weights, x, axes, heads_kv)
-    return _compute("av_transposed", backend, axes, output, x, output, weights)
+    plan = launch("av_transposed", backend, (weights, x), tuple(axes), heads_kv=heads_kv)
+    output = _empty_keys(x, axes, heads_kv)
+    return _compute("av_transposed", plan, output, x, output, weights)
 
 
 def _rpb_gradient(weights: Tensor, axes: list[int], backend: str) -> Tensor:
     backend = _resolve(backend, weights)
     if backend == "reference":
+        check("rpb_gradient", (weights,), axes)
         return _reference_unfused.rpb_gradient(weights, tuple(axes))
-    gradient = _rpb_gradient_fake(weights, axes)
-    return _compute("rpb_gradient", backend, axes, gradient, None, None, weights)
+    plan = launch("rpb_gradient", backend, (weights,), tuple(axes))
+    return _compute("rpb_gradient", plan, _empty_table(weights, axes), None, None, weights)
 
 
 # Shapes -------------------------------------------------------------------------------------------------------------
@@ -139,23 +147,43 @@ def _per_axis(axes: Sequence[int], field: int) -> list[int]:
     return [axes[i + field] for i in range(0, len(axes), AXIS_INTS)]
 
 
-def _qk_fake(query: Tensor, _key: Tensor, _rpb: Tensor | None, axes: list[int], *_: Any) -> Tensor:
+def _empty_weights(query: Tensor, axes: Sequence[int]) -> Tensor:
     return query.new_empty(*query.shape[:-1], math.prod(_per_axis(axes, _KERNEL_SIZE)))
 
 
-def _av_fake(weights: Tensor, value: Tensor, *_: Any) -> Tensor:
+def _empty_queries(weights: Tensor, value: Tensor) -> Tensor:
     return weights.new_empty(*weights.shape[:-1], value.shape[-1])
 
 
-def _av_transposed_fake(
-    _weights: Tensor, x: Tensor, axes: list[int], heads_kv: int, *_: Any
-) -> Tensor:
+def _empty_keys(x: Tensor, axes: Sequence[int], heads_kv: int) -> Tensor:
     return x.new_empty(x.shape[0], heads_kv, *_per_axis(axes, _KEY_EXTENT), x.shape[-1])
 
 
-def _rpb_gradient_fake(weights: Tensor, axes: list[int], *_: Any) -> Tensor:
+def _empty_table(weights: Tensor, axes: Sequence[int]) -> Tensor:
     entries = (2 * size - 1 for size in _per_axis(axes, _KERNEL_SIZE))
     return weights.new_empty(weights.shape[1], *entries, dtype=lse_dtype(weights.dtype))
+
+
+def _qk_fake(query: Tensor, key: Tensor, rpb: Tensor | None, axes: list[int], *_: Any) -> Tensor:
+    check("qk", (query, key, rpb), axes)
+    return _empty_weights(query, axes)
+
+
+def _av_fake(weights: Tensor, value: Tensor, axes: list[int], *_: Any) -> Tensor:
+    check("av", (weights, value), axes)
+    return _empty_queries(weights, value)
+
+
+def _av_transposed_fake(
+    weights: Tensor, x: Tensor, axes: list[int], heads_kv: int, *_: Any
+) -> Tensor:
+    check("av_transposed", (weights, x), axes, heads_kv=heads_kv)
+    return _empty_keys(x, axes, heads_kv)
+
+
+def _rpb_gradient_fake(weights: Tensor, axes: list[int], *_: Any) -> Tensor:
+    check("rpb_gradient", (weights,), axes)
+    return _empty_table(weights, axes)
 
 
 # Derivatives --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ def attention(
     key: Tensor,
     value: Tensor,
     is_causal: bool,
-    scale: float | None,
+    scale: float | Tensor | None,
     backend: str | None,
     lengths: Tensor | None,
     lengths_kv: Tensor | None,

@@ -76,7 +76,7 @@ def neighborhood_attention_generic(
     stride: IntPerAxis | None = 1,
     dilation: IntPerAxis | None = 1,
     is_causal: BoolPerAxis | None = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     attention_kwargs: dict[str, Any] | None = None,
@@ -115,7 +115,8 @@ def neighborhood_attention_generic(
             With stride == kernel_size, attention is blocked (windowed). None means 1.
         dilation: Tokens of a window are so far apart, per axis. None means 1.
         is_causal: Whether a query attends to no token behind it, per axis. None means False.
-        scale: Factor of the logits. None means ``head_dim ** -0.5``.
+        scale: Factor of the logits. None means ``head_dim ** -0.5``. A tensor, of one number or ``[heads]``, has a
+            gradient: it multiplies the query, which is rounded to its type once more.
         additional_keys: ``[batch, tokens, heads_kv, head_dim]``: tokens that every query attends to, beside its
             window and in the same softmax (registers, text).
         additional_values: ``[batch, tokens, heads_kv, head_dim_value]``.
@@ -188,7 +189,7 @@ def na1d(
     stride: IntPerAxis | None = 1,
     dilation: IntPerAxis | None = 1,
     is_causal: BoolPerAxis | None = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     attention_kwargs: dict[str, Any] | None = None,
@@ -223,7 +224,8 @@ def na1d(
         stride: That many consecutive queries share a window.
         dilation: Distance between the tokens of a window.
         is_causal: Whether queries attend to no later token.
-        scale: Factor of the logits. None means ``head_dim ** -0.5``.
+        scale: Factor of the logits. None means ``head_dim ** -0.5``. A tensor, of one number or ``[heads]``, has a
+            gradient: it multiplies the query, which is rounded to its type once more.
         additional_keys: ``[batch, tokens, heads_kv, head_dim]``, attended by every query.
         additional_values: ``[batch, tokens, heads_kv, head_dim_value]``.
         attention_kwargs: Without effect, as are the split, schedule and compile arguments.
@@ -286,7 +288,7 @@ def na2d(
     stride: IntPerAxis | None = 1,
     dilation: IntPerAxis | None = 1,
     is_causal: BoolPerAxis | None = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     attention_kwargs: dict[str, Any] | None = None,
@@ -321,7 +323,8 @@ def na2d(
         stride: That many consecutive queries share a window.
         dilation: Distance between the tokens of a window.
         is_causal: Whether queries attend to no later token, one flag or one per axis.
-        scale: Factor of the logits. None means ``head_dim ** -0.5``.
+        scale: Factor of the logits. None means ``head_dim ** -0.5``. A tensor, of one number or ``[heads]``, has a
+            gradient: it multiplies the query, which is rounded to its type once more.
         additional_keys: ``[batch, tokens, heads_kv, head_dim]``, attended by every query.
         additional_values: ``[batch, tokens, heads_kv, head_dim_value]``.
         attention_kwargs: Without effect, as are the split, schedule and compile arguments.
@@ -384,7 +387,7 @@ def na3d(
     stride: IntPerAxis | None = 1,
     dilation: IntPerAxis | None = 1,
     is_causal: BoolPerAxis | None = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     attention_kwargs: dict[str, Any] | None = None,
@@ -419,7 +422,8 @@ def na3d(
         stride: That many consecutive queries share a window.
         dilation: Distance between the tokens of a window.
         is_causal: Whether queries attend to no later token, one flag or one per axis.
-        scale: Factor of the logits. None means ``head_dim ** -0.5``.
+        scale: Factor of the logits. None means ``head_dim ** -0.5``. A tensor, of one number or ``[heads]``, has a
+            gradient: it multiplies the query, which is rounded to its type once more.
         additional_keys: ``[batch, tokens, heads_kv, head_dim]``, attended by every query.
         additional_values: ``[batch, tokens, heads_kv, head_dim_value]``.
         attention_kwargs: Without effect, as are the split, schedule and compile arguments.
@@ -479,7 +483,7 @@ def attention(
     key: Tensor,
     value: Tensor,
     is_causal: bool = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     seqlens_Q: Tensor | None = None,
     seqlens_KV: Tensor | None = None,
     cumulative_seqlen_Q: Tensor | None = None,
@@ -508,7 +512,8 @@ def attention(
         key: ``[batch, length_kv, heads_kv, head_dim]``, of the query's type; heads_kv divides heads.
         value: ``[batch, length_kv, heads_kv, head_dim_value]``, of the query's type.
         is_causal: Whether query i attends to keys 0 to i only, also where the lengths differ.
-        scale: Factor of the logits. None means ``head_dim ** -0.5``.
+        scale: Factor of the logits. None means ``head_dim ** -0.5``. A tensor, of one number or ``[heads]``, has a
+            gradient: it multiplies the query, which is rounded to its type once more.
         seqlens_Q: int32 ``[sequences]``: lengths of the packed queries.
         seqlens_KV: int32 ``[sequences]``: lengths of the packed keys.
         cumulative_seqlen_Q: int32 ``[sequences + 1]``: where they begin and end instead, from 0 to length.
@@ -564,7 +569,7 @@ def explain(
     stride: IntPerAxis | None = 1,
     dilation: IntPerAxis | None = 1,
     is_causal: BoolPerAxis | None = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     backend: str | None = None,

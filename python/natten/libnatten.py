@@ -100,6 +100,15 @@ def compute_delta(out: Tensor, d_out: Tensor, delta: Tensor) -> None:
     delta.copy_((out.to(delta.dtype) * d_out.to(delta.dtype)).sum(-1))
 
 
+def _write(name: str, target: Tensor, result: Tensor) -> None:
+    """Copies a result to where the caller wants it; `copy_` alone would also fill what is larger."""
+    for what in ("shape", "device", "layout"):
+        given, wanted = getattr(target, what), getattr(result, what)
+        if given != wanted:
+            reject(f"{name}.{what}", given, f"{wanted}, that of the result")
+    target.copy_(result)
+
+
 def _forward(
     rank: int,
     out: Tensor,
@@ -118,9 +127,9 @@ def _forward(
     operands = Operands(query, key, value, None, None, rpb)
     window = (kernel_size, 1, dilation, is_causal, *_BOUNDARY, *_WHOLE_GRID)
     output, sums = _attend.neighborhood(rank, None, operands, *window, scale)
-    out.copy_(output)
+    _write("out", out, output)
     if lse is not None:
-        lse.copy_(sums)
+        _write("lse", lse, sums)
 
 
 def _backward(
@@ -148,8 +157,9 @@ def _backward(
     problem = normalize(operands.describe(), rank, *window, scale)
     settings = problem.flat_axes, problem.scale, _dispatch.backend_in_force()
     computed = BACKWARD(*operands, out, lse, d_out, None, *settings)
-    for written, gradient in zip((d_query, d_key, d_value), computed[:3], strict=True):
-        written.copy_(gradient)
+    written = {"d_query": d_query, "d_key": d_key, "d_value": d_value}
+    for (name, target), gradient in zip(written.items(), computed, strict=False):
+        _write(name, target, gradient)
 
 
 def _axes(
@@ -169,7 +179,7 @@ def _qk_forward(
     is_causal: BoolPerAxis = False,
 ) -> None:
     window = (kernel_size, 1, dilation, is_causal, *_BOUNDARY)
-    attn.copy_(_attend.qk(rank, None, QkOperands(query, key, rpb=bias), *window))
+    _write("attn", attn, _attend.qk(rank, None, QkOperands(query, key, rpb=bias), *window))
 
 
 def _qk_backward(
@@ -187,10 +197,10 @@ def _qk_backward(
     window = (kernel_size, 1, dilation, is_causal, *_BOUNDARY)
     axes = _axes(normalize_qk, QkOperands(query, key), rank, *window)
     backend = _dispatch.backend_in_force()
-    d_query.copy_(AV(d_attn, key, axes, backend))
-    d_key.copy_(AV_TRANSPOSED(d_attn, query, axes, key.shape[1], backend))
+    _write("d_query", d_query, AV(d_attn, key, axes, backend))
+    _write("d_key", d_key, AV_TRANSPOSED(d_attn, query, axes, key.shape[1], backend))
     if d_bias is not None:
-        d_bias.copy_(RPB_GRADIENT(d_attn, axes, backend))
+        _write("d_bias", d_bias, RPB_GRADIENT(d_attn, axes, backend))
 
 
 def _av_forward(
@@ -203,7 +213,7 @@ def _av_forward(
     is_causal: BoolPerAxis = False,
 ) -> None:
     window = (kernel_size, 1, dilation, is_causal, *_BOUNDARY)
-    out.copy_(_attend.av(rank, None, AvOperands(attn, value), *window))
+    _write("out", out, _attend.av(rank, None, AvOperands(attn, value), *window))
 
 
 def _av_backward(
@@ -220,8 +230,8 @@ def _av_backward(
     window = (kernel_size, 1, dilation, is_causal, *_BOUNDARY)
     axes = _axes(normalize_av, AvOperands(attn, value), rank, *window)
     backend = _dispatch.backend_in_force()
-    d_attn.copy_(QK(d_out, value, None, axes, 0.0, backend))
-    d_value.copy_(AV_TRANSPOSED(attn, d_out, axes, value.shape[1], backend))
+    _write("d_attn", d_attn, QK(d_out, value, None, axes, 0.0, backend))
+    _write("d_value", d_value, AV_TRANSPOSED(attn, d_out, axes, value.shape[1], backend))
 
 
 na1d_forward, na2d_forward, na3d_forward = (partial(_forward, rank) for rank in (1, 2, 3))

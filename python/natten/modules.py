@@ -37,7 +37,7 @@ class _NeighborhoodAttention(nn.Module):
         dilation: IntPerAxis | None = 1,
         is_causal: BoolPerAxis | None = False,
         qkv_bias: bool = True,
-        qk_scale: float | None = None,
+        qk_scale: float | Tensor | None = None,
         proj_drop: float = 0.0,
         *,
         rel_pos_bias: bool = False,
@@ -210,7 +210,8 @@ class _NeighborhoodAttention(nn.Module):
             self.boundary,
             self.offset,
         )
-        query, key, value = (tensor.movedim(-2, 1) for tensor in (query * self.scale, key, value))
+        query = _attend.scaled(query, self.scale)
+        query, key, value = (tensor.movedim(-2, 1) for tensor in (query, key, value))
         logits = _attend.qk(self.rank, self.backend, QkOperands(query, key, rpb=self.rpb), *window)
         weights = self.attn_drop(logits.softmax(-1))
         attended = _attend.av(self.rank, self.backend, AvOperands(weights, value), *window)
@@ -280,7 +281,8 @@ _DOC = """Neighborhood attention on {what}, with projections.
         dilation: Distance between the tokens of a window, per axis. None means 1.
         is_causal: Whether queries attend to no later token, per axis.
         qkv_bias: Whether the projection to query, key and value has a bias.
-        qk_scale: Factor of the logits. None means ``head_dim ** -0.5``.
+        qk_scale: Factor of the logits: a number, or a parameter, of one or of ``[num_heads]``. None means
+            ``head_dim ** -0.5``.
         proj_drop: Dropout of the output.
         rel_pos_bias: Whether to learn a bias per head and relative position. ``bias`` means the same.
         attn_drop: Dropout of attention weights. In training, what is not 0.0 needs the weights in memory, and so the

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from natten import _C
+from natten._autocast import without_autocast
 from natten._axes import AXIS_INTS
 from natten._problem import Operands
 
@@ -220,6 +221,7 @@ def _computed(operands: Operands, flat_axes: tuple[int, ...], scale: float) -> _
     )
 
 
+@without_autocast
 def forward(operands: Operands, flat_axes: tuple[int, ...], scale: float) -> tuple[Tensor, Tensor]:
     """Output [batch, *grid, heads, head_dim_value] and LSE [batch, *grid, heads] of a problem.
 
@@ -247,6 +249,7 @@ def forward(operands: Operands, flat_axes: tuple[int, ...], scale: float) -> tup
     )
 
 
+@without_autocast
 def backward(
     operands: Operands,
     d_output: Tensor,

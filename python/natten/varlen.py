@@ -190,7 +190,7 @@ def neighborhood_attention_varlen(
     kernel_size_list: Sequence[IntPerAxis] | None = None,
     stride_list: Sequence[IntPerAxis] | None = None,
     dilation_list: Sequence[IntPerAxis] | None = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     backend: str | None = None,
     return_lse: bool = False,
     *,
@@ -226,7 +226,8 @@ def neighborhood_attention_varlen(
         kernel_size_list: See there.
         stride_list: See there.
         dilation_list: See there.
-        scale: Factor of the logits. None means ``head_dim ** -0.5``.
+        scale: Factor of the logits. None means ``head_dim ** -0.5``. A tensor, of one number or ``[heads]``, has a
+            gradient: it multiplies the query, which is rounded to its type once more.
         backend: Name of a backend; None: that of the metadata, or of `use_backend`.
         return_lse: Whether to return the LSE, too.
         additional_keys: ``[1, tokens, heads_kv, head_dim]``, attended by every query of every grid.
