@@ -15,10 +15,12 @@ from torch import Tensor
 
 from natten import _C
 from natten._errors import reject
+from natten.types import Boundary
 
-IntPerAxis: TypeAlias = "int | Sequence[int]"
-BoolPerAxis: TypeAlias = "bool | Sequence[bool]"
-StrPerAxis: TypeAlias = "str | Sequence[str]"
+# Not as strings: typing.get_type_hints evaluates them where the annotated function is.
+IntPerAxis: TypeAlias = int | Sequence[int]
+BoolPerAxis: TypeAlias = bool | Sequence[bool]
+BoundaryPerAxis: TypeAlias = Boundary | Sequence[Boundary]
 
 AXIS_INTS = len(_C.AXIS_FIELDS)
 _BOUNDARY_IDS = {name: index for index, name in enumerate(_C.BOUNDARIES)}
@@ -195,7 +197,7 @@ def normalize_axes(
     stride: IntPerAxis | None,
     dilation: IntPerAxis | None,
     is_causal: BoolPerAxis | None,
-    boundary: StrPerAxis,
+    boundary: BoundaryPerAxis,
     offset: IntPerAxis,
 ) -> tuple[Axis, ...]:
     """The axes that these arguments mean; `query_extents` and `key_extents` are those of the tensors, or boxes."""

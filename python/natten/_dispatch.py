@@ -18,6 +18,7 @@ from natten import _C, _flex, _settings
 from natten._errors import reject
 from natten._problem import Problem
 from natten._settings import NattenContext
+from natten.types import Backend
 
 # In order of preference.
 _COMPILED = tuple(dict.fromkeys(kernel.backend for kernel in _C.kernels()))
@@ -69,7 +70,7 @@ def _policies() -> dict[str, str]:
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: Backend) -> Iterator[None]:
     """Selects the backend of all calls inside the context that do not name one themselves.
 
     Nests, and holds for the current thread and the current asyncio task only.
@@ -77,7 +78,7 @@ def use_backend(name: str) -> Iterator[None]:
     Args:
         name: ``"auto"``, ``"fna"``, ``"gemm"`` (of the unfused operations), ``"naive"``, ``"flex"`` or
             ``"reference"``; or a name of the 0.2x generation of the package, such as ``"cutlass-fna"``; or one policy
-            or instruction set of a compiled backend, such as ``"fna:sm80"`` and ``"fna:x86-64-v3"``, which then runs
+            or instruction set of a compiled backend, such as ``"fna:Sm80"`` and ``"fna:x86-64-v3"``, which then runs
             also where another one is preferred.
 
     Raises:

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from natten import _attend, _varlen
+from natten import _attend, _signatures, _varlen
 from natten._attend import Explanation
-from natten._axes import BoolPerAxis, IntPerAxis, StrPerAxis
+from natten._axes import BoolPerAxis, BoundaryPerAxis, IntPerAxis
 from natten._merge import merge_attentions
 from natten._problem import Operands
 from natten.legacy import (
@@ -34,6 +34,7 @@ from natten.legacy import (
     natten3dqk,
     natten3dqkrpb,
 )
+from natten.types import Backend
 from natten.unfused import na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
 ]
 
 
+@_signatures.neighborhood
 def neighborhood_attention_generic(
     query: Tensor,
     key: Tensor,
@@ -80,7 +82,7 @@ def neighborhood_attention_generic(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     attention_kwargs: dict[str, Any] | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
     q_tile_shape: Any = None,
     kv_tile_shape: Any = None,
     backward_q_tile_shape: Any = None,
@@ -93,7 +95,7 @@ def neighborhood_attention_generic(
     return_lse: bool = False,
     *,
     rpb: Tensor | None = None,
-    boundary: StrPerAxis = "shift",
+    boundary: BoundaryPerAxis = "shift",
     offset: IntPerAxis = 0,
     grid: IntPerAxis | None = None,
     query_origin: IntPerAxis | None = None,
@@ -180,6 +182,7 @@ def neighborhood_attention_generic(
     return (output, lse) if return_lse else output
 
 
+@_signatures.neighborhood
 def na1d(
     query: Tensor,
     key: Tensor,
@@ -192,7 +195,7 @@ def na1d(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     attention_kwargs: dict[str, Any] | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
     q_tile_shape: Any = None,
     kv_tile_shape: Any = None,
     backward_q_tile_shape: Any = None,
@@ -205,7 +208,7 @@ def na1d(
     return_lse: bool = False,
     *,
     rpb: Tensor | None = None,
-    boundary: StrPerAxis = "shift",
+    boundary: BoundaryPerAxis = "shift",
     offset: IntPerAxis = 0,
     grid: IntPerAxis | None = None,
     query_origin: IntPerAxis | None = None,
@@ -278,6 +281,7 @@ def na1d(
     return (output, lse) if return_lse else output
 
 
+@_signatures.neighborhood
 def na2d(
     query: Tensor,
     key: Tensor,
@@ -290,7 +294,7 @@ def na2d(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     attention_kwargs: dict[str, Any] | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
     q_tile_shape: Any = None,
     kv_tile_shape: Any = None,
     backward_q_tile_shape: Any = None,
@@ -303,7 +307,7 @@ def na2d(
     return_lse: bool = False,
     *,
     rpb: Tensor | None = None,
-    boundary: StrPerAxis = "shift",
+    boundary: BoundaryPerAxis = "shift",
     offset: IntPerAxis = 0,
     grid: IntPerAxis | None = None,
     query_origin: IntPerAxis | None = None,
@@ -376,6 +380,7 @@ def na2d(
     return (output, lse) if return_lse else output
 
 
+@_signatures.neighborhood
 def na3d(
     query: Tensor,
     key: Tensor,
@@ -388,7 +393,7 @@ def na3d(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     attention_kwargs: dict[str, Any] | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
     q_tile_shape: Any = None,
     kv_tile_shape: Any = None,
     backward_q_tile_shape: Any = None,
@@ -401,7 +406,7 @@ def na3d(
     return_lse: bool = False,
     *,
     rpb: Tensor | None = None,
-    boundary: StrPerAxis = "shift",
+    boundary: BoundaryPerAxis = "shift",
     offset: IntPerAxis = 0,
     grid: IntPerAxis | None = None,
     query_origin: IntPerAxis | None = None,
@@ -474,6 +479,7 @@ def na3d(
     return (output, lse) if return_lse else output
 
 
+@_signatures.dense
 def attention(
     query: Tensor,
     key: Tensor,
@@ -486,7 +492,7 @@ def attention(
     cumulative_seqlen_KV: Tensor | None = None,
     max_seqlen_Q: int | None = None,
     max_seqlen_KV: int | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
     q_tile_size: Any = None,
     kv_tile_size: Any = None,
     backward_q_tile_size: Any = None,
@@ -567,12 +573,12 @@ def explain(
     scale: float | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
     *,
     op: str = "attention",
     device: str | None = None,
     rpb: Tensor | None = None,
-    boundary: StrPerAxis = "shift",
+    boundary: BoundaryPerAxis = "shift",
     offset: IntPerAxis = 0,
     grid: IntPerAxis | None = None,
     query_origin: IntPerAxis | None = None,

@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from natten import _attend, _dispatch
-from natten._axes import BoolPerAxis, IntPerAxis, StrPerAxis, per_axis
+from natten import _attend, _dispatch, _signatures
+from natten._axes import BoolPerAxis, BoundaryPerAxis, IntPerAxis, per_axis
 from natten._errors import reject
 from natten._problem import AvOperands, QkOperands
 from natten._settings import NattenContext
 from natten.functional import neighborhood_attention_generic
+from natten.types import Backend
 
 
 class _NeighborhoodAttention(nn.Module):
@@ -35,9 +36,9 @@ class _NeighborhoodAttention(nn.Module):
         attn_drop: float = 0.0,
         embed_dim: int | None = None,
         bias: bool | None = None,
-        boundary: StrPerAxis = "shift",
+        boundary: BoundaryPerAxis = "shift",
         offset: IntPerAxis = 0,
-        backend: str | None = None,
+        backend: Backend | None = None,
         use_experimental_ops: bool = False,
     ) -> None:
         super().__init__()
@@ -77,6 +78,15 @@ class _NeighborhoodAttention(nn.Module):
             self.register_parameter("rpb", None)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
+
+    @overload
+    def forward(self, x: Tensor, return_weights: Literal[False] = False) -> Tensor: ...
+
+    @overload
+    def forward(self, x: Tensor, return_weights: Literal[True]) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(self, x: Tensor, return_weights: bool) -> Tensor | tuple[Tensor, Tensor]: ...
 
     def forward(self, x: Tensor, return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Attends: fused, unless something needs the attention weights in memory.
@@ -120,8 +130,11 @@ class _NeighborhoodAttention(nn.Module):
         assert weights is not None
         return projected, weights
 
+    if TYPE_CHECKING:
+        __call__: _signatures.Forward  # torch's own returns Any
+
     def _fused(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        attended = neighborhood_attention_generic(
+        return neighborhood_attention_generic(
             query,
             key,
             value,
@@ -135,8 +148,6 @@ class _NeighborhoodAttention(nn.Module):
             boundary=self.boundary,
             offset=self.offset,
         )
-        assert isinstance(attended, Tensor)
-        return attended
 
     def _unfused(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         window = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from natten._axes import BoolPerAxis, IntPerAxis
 from natten._errors import reject
 from natten._problem import Operands
 from natten._varlen import check_packed
+from natten.types import Backend
 
 __all__ = ["Layout", "configure_varlen", "neighborhood_attention_varlen"]
 
@@ -40,7 +41,7 @@ class Metadata(NamedTuple):
 
     layouts: tuple[Layout, ...]
     is_causal: BoolPerAxis
-    backend: str | None
+    backend: Backend | None
 
 
 def configure_varlen(
@@ -56,7 +57,7 @@ def configure_varlen(
     kernel_size_list: Sequence[IntPerAxis] | None = None,
     stride_list: Sequence[IntPerAxis] | None = None,
     dilation_list: Sequence[IntPerAxis] | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
     **settings: Any,
 ) -> Metadata:
     """What `neighborhood_attention_varlen` takes as ``metadata``, made once for many calls.
@@ -101,6 +102,7 @@ def configure_varlen(
     return Metadata(tuple(Layout(*grid) for grid in grids), is_causal, backend)
 
 
+@overload
 def neighborhood_attention_varlen(
     query: Tensor,
     key: Tensor,
@@ -115,7 +117,71 @@ def neighborhood_attention_varlen(
     stride_list: Sequence[IntPerAxis] | None = None,
     dilation_list: Sequence[IntPerAxis] | None = None,
     scale: float | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
+    return_lse: Literal[False] = False,
+    **settings: Any,
+) -> Tensor: ...
+
+
+@overload
+def neighborhood_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    metadata: Metadata | None = None,
+    token_layout_list: Sequence[tuple[int, ...]] | None = None,
+    kernel_size: IntPerAxis = 2,
+    stride: IntPerAxis = 1,
+    dilation: IntPerAxis = 1,
+    is_causal: BoolPerAxis = False,
+    kernel_size_list: Sequence[IntPerAxis] | None = None,
+    stride_list: Sequence[IntPerAxis] | None = None,
+    dilation_list: Sequence[IntPerAxis] | None = None,
+    scale: float | None = None,
+    backend: Backend | None = None,
+    *,
+    return_lse: Literal[True],
+    **settings: Any,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def neighborhood_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    metadata: Metadata | None = None,
+    token_layout_list: Sequence[tuple[int, ...]] | None = None,
+    kernel_size: IntPerAxis = 2,
+    stride: IntPerAxis = 1,
+    dilation: IntPerAxis = 1,
+    is_causal: BoolPerAxis = False,
+    kernel_size_list: Sequence[IntPerAxis] | None = None,
+    stride_list: Sequence[IntPerAxis] | None = None,
+    dilation_list: Sequence[IntPerAxis] | None = None,
+    scale: float | None = None,
+    backend: Backend | None = None,
+    *,
+    return_lse: bool,
+    **settings: Any,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def neighborhood_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    metadata: Metadata | None = None,
+    token_layout_list: Sequence[tuple[int, ...]] | None = None,
+    kernel_size: IntPerAxis = 2,
+    stride: IntPerAxis = 1,
+    dilation: IntPerAxis = 1,
+    is_causal: BoolPerAxis = False,
+    kernel_size_list: Sequence[IntPerAxis] | None = None,
+    stride_list: Sequence[IntPerAxis] | None = None,
+    dilation_list: Sequence[IntPerAxis] | None = None,
+    scale: float | None = None,
+    backend: Backend | None = None,
     return_lse: bool = False,
     **settings: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
