@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import importlib
 import os
-from importlib import metadata
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch as _torch  # noqa: F401  # first: the core runs on torch's threads
 
@@ -62,7 +62,8 @@ __all__ = [
 ]
 __all__ += context.__all__
 
-__version__ = metadata.version("natten")
+# Here, and not in the metadata of the distribution, which frozen programs and vendored copies do not have.
+__version__ = "0.30.0"
 # There is no natten without its core.
 HAS_LIBNATTEN = True
 
@@ -82,16 +83,29 @@ _LAZY = (
     "varlen",
 )
 
+if TYPE_CHECKING:
+    # By name: type checkers take a __getattr__ for a promise of every name.
+    from natten import experimental as experimental
+    from natten import flex as flex
+    from natten import flops as flops
+    from natten import libnatten as libnatten
+    from natten import natten1d as natten1d
+    from natten import natten2d as natten2d
+    from natten import natten3d as natten3d
+    from natten import types as types
+    from natten import utils as utils
+    from natten import varlen as varlen
+else:
+
+    def __getattr__(name: str) -> ModuleType:
+        if name in _LAZY:
+            return importlib.import_module(f"natten.{name}")
+        message = f"module 'natten' has no attribute {name!r}"
+        raise AttributeError(message)
+
 
 _former_modules.register()
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_LAZY})
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return importlib.import_module(f"natten.{name}")
-    message = f"module 'natten' has no attribute {name!r}"
-    raise AttributeError(message)

@@ -6,19 +6,23 @@ No window is computed here: whatever depends on one asks the compiled core.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from torch import Tensor
 
 from natten import _C
 from natten._errors import reject
+from natten.types import Boundary
 
-IntPerAxis: TypeAlias = "int | Sequence[int]"
-BoolPerAxis: TypeAlias = "bool | Sequence[bool]"
-StrPerAxis: TypeAlias = "str | Sequence[str]"
+# Not as strings: typing.get_type_hints evaluates them where the annotated function is.
+IntPerAxis: TypeAlias = int | Sequence[int]
+BoolPerAxis: TypeAlias = bool | Sequence[bool]
+BoundaryPerAxis: TypeAlias = Boundary | Sequence[Boundary]
 
 AXIS_INTS = len(_C.AXIS_FIELDS)
 _BOUNDARY_IDS = {name: index for index, name in enumerate(_C.BOUNDARIES)}
@@ -49,6 +53,9 @@ def _is_boolean(value: Any) -> bool:
     """Whether it is a bool of Python, numpy or torch, or an array or tensor of them."""
     if isinstance(value, (bool, torch.SymBool)):
         return True
+    # torch.compile cannot say of what type a number of numpy is.
+    if torch.compiler.is_compiling() and not isinstance(value, Tensor):
+        return False
     return str(getattr(value, "dtype", "")).removeprefix("torch.") == "bool"
 
 
@@ -72,9 +79,10 @@ def number(name: str, value: Any) -> float:
         isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) or hasattr(value, "__float__")
     ):
         reject(name, repr(value), "a number")
-    if isinstance(value, Tensor) and value.numel() != 1:
-        reject(f"{name}.shape", tuple(value.shape), "(): one number")
-    return float(value)
+    shape = getattr(value, "shape", ())
+    if math.prod(shape) != 1:
+        reject(f"{name}.shape", tuple(shape), "(): one number")
+    return float(value.item() if shape else value)
 
 
 def boolean(name: str, value: Any) -> bool:
@@ -204,7 +212,7 @@ def normalize_windows(
     stride: IntPerAxis | None,
     dilation: IntPerAxis | None,
     is_causal: BoolPerAxis | None,
-    boundary: StrPerAxis,
+    boundary: BoundaryPerAxis,
     offset: IntPerAxis,
 ) -> tuple[Window, ...]:
     """The windows that these arguments mean, one per axis."""

@@ -93,7 +93,7 @@ class use_backend(ContextDecorator):
     Args:
         name: ``"auto"``, ``"fna"``, ``"gemm"`` (of the unfused operations), ``"naive"``, ``"flex"`` or
             ``"reference"``; or a name of the 0.2x generation of the package, such as ``"cutlass-fna"``; or one policy
-            or instruction set of a compiled backend, such as ``"fna:sm80"`` and ``"fna:x86-64-v3"``, which then runs
+            or instruction set of a compiled backend, such as ``"fna:Sm80"`` and ``"fna:x86-64-v3"``, which then runs
             also where another one is preferred.
 
     Raises:
@@ -108,7 +108,7 @@ class use_backend(ContextDecorator):
         torch.Size([1, 16, 2, 8])
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: Backend) -> None:
         self._name = canonical(name)
         self._tokens: list[Token[str]] = []
         self._is_used = False

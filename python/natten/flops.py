@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -268,9 +268,11 @@ _OLD_NAMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name in _OLD_NAMES:
-        warn_once(f"natten.flops.{name}", f"natten.flops.{_OLD_NAMES[name]}")
-        return globals()[_OLD_NAMES[name]]
-    message = f"module 'natten.flops' has no attribute {name!r}"
-    raise AttributeError(message)
+if not TYPE_CHECKING:  # which would take it for a promise of every name
+
+    def __getattr__(name: str) -> Any:
+        if name in _OLD_NAMES:
+            warn_once(f"natten.flops.{name}", f"natten.flops.{_OLD_NAMES[name]}")
+            return globals()[_OLD_NAMES[name]]
+        message = f"module 'natten.flops' has no attribute {name!r}"
+        raise AttributeError(message)

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from natten import _attend, _varlen
+from natten import _attend, _signatures, _varlen
 from natten._attend import Explanation
-from natten._axes import BoolPerAxis, IntPerAxis, StrPerAxis
+from natten._axes import BoolPerAxis, BoundaryPerAxis, IntPerAxis
 from natten._merge import merge_attentions
 from natten._problem import Operands
 from natten.legacy import (
@@ -34,6 +34,7 @@ from natten.legacy import (
     natten3dqk,
     natten3dqkrpb,
 )
+from natten.types import Backend
 from natten.unfused import na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
 ]
 
 
+@_signatures.neighborhood
 def neighborhood_attention_generic(
     query: Tensor,
     key: Tensor,
@@ -80,7 +82,7 @@ def neighborhood_attention_generic(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     attention_kwargs: dict[str, Any] | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
     q_tile_shape: Any = None,
     kv_tile_shape: Any = None,
     backward_q_tile_shape: Any = None,
@@ -93,7 +95,7 @@ def neighborhood_attention_generic(
     return_lse: bool = False,
     *,
     rpb: Tensor | None = None,
-    boundary: StrPerAxis = "shift",
+    boundary: BoundaryPerAxis = "shift",
     offset: IntPerAxis = 0,
     grid: IntPerAxis | None = None,
     query_origin: IntPerAxis | None = None,
@@ -181,6 +183,7 @@ def neighborhood_attention_generic(
     return (output, lse) if return_lse else output
 
 
+@_signatures.neighborhood
 def na1d(
     query: Tensor,
     key: Tensor,
@@ -193,7 +196,7 @@ def na1d(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     attention_kwargs: dict[str, Any] | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
     q_tile_shape: Any = None,
     kv_tile_shape: Any = None,
     backward_q_tile_shape: Any = None,
@@ -206,7 +209,7 @@ def na1d(
     return_lse: bool = False,
     *,
     rpb: Tensor | None = None,
-    boundary: StrPerAxis = "shift",
+    boundary: BoundaryPerAxis = "shift",
     offset: IntPerAxis = 0,
     grid: IntPerAxis | None = None,
     query_origin: IntPerAxis | None = None,
@@ -280,6 +283,7 @@ def na1d(
     return (output, lse) if return_lse else output
 
 
+@_signatures.neighborhood
 def na2d(
     query: Tensor,
     key: Tensor,
@@ -292,7 +296,7 @@ def na2d(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     attention_kwargs: dict[str, Any] | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
     q_tile_shape: Any = None,
     kv_tile_shape: Any = None,
     backward_q_tile_shape: Any = None,
@@ -305,7 +309,7 @@ def na2d(
     return_lse: bool = False,
     *,
     rpb: Tensor | None = None,
-    boundary: StrPerAxis = "shift",
+    boundary: BoundaryPerAxis = "shift",
     offset: IntPerAxis = 0,
     grid: IntPerAxis | None = None,
     query_origin: IntPerAxis | None = None,
@@ -379,6 +383,7 @@ def na2d(
     return (output, lse) if return_lse else output
 
 
+@_signatures.neighborhood
 def na3d(
     query: Tensor,
     key: Tensor,
@@ -391,7 +396,7 @@ def na3d(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     attention_kwargs: dict[str, Any] | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
     q_tile_shape: Any = None,
     kv_tile_shape: Any = None,
     backward_q_tile_shape: Any = None,
@@ -404,7 +409,7 @@ def na3d(
     return_lse: bool = False,
     *,
     rpb: Tensor | None = None,
-    boundary: StrPerAxis = "shift",
+    boundary: BoundaryPerAxis = "shift",
     offset: IntPerAxis = 0,
     grid: IntPerAxis | None = None,
     query_origin: IntPerAxis | None = None,
@@ -478,6 +483,7 @@ def na3d(
     return (output, lse) if return_lse else output
 
 
+@_signatures.dense
 def attention(
     query: Tensor,
     key: Tensor,
@@ -490,7 +496,7 @@ def attention(
     cumulative_seqlen_KV: Tensor | None = None,
     max_seqlen_Q: int | None = None,
     max_seqlen_KV: int | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
     q_tile_size: Any = None,
     kv_tile_size: Any = None,
     backward_q_tile_size: Any = None,
@@ -572,12 +578,12 @@ def explain(
     scale: float | Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
     *,
     op: str = "attention",
     device: str | None = None,
     rpb: Tensor | None = None,
-    boundary: StrPerAxis = "shift",
+    boundary: BoundaryPerAxis = "shift",
     offset: IntPerAxis = 0,
     grid: IntPerAxis | None = None,
     query_origin: IntPerAxis | None = None,

@@ -36,6 +36,7 @@ from natten.context import (
     use_tf32_in_gemm_na,
     use_tiled_na,
 )
+from natten.types import Boundary
 
 __all__ = [
     "compute_delta",
@@ -68,7 +69,7 @@ __all__ = [
 ]
 
 # Whatever releases until 0.17 knew about windows.
-_BOUNDARY = ("shift", 0)
+_BOUNDARY: tuple[Boundary, int] = ("shift", 0)
 _WHOLE_GRID = (None, None, None)
 
 

@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from natten import _attend, _dispatch
+from natten import _attend, _dispatch, _signatures
 from natten._axes import (
     BoolPerAxis,
+    BoundaryPerAxis,
     IntPerAxis,
-    StrPerAxis,
     boolean,
     integer,
     normalize_windows,
@@ -23,6 +23,7 @@ from natten._errors import reject
 from natten._problem import DTYPES, AvOperands, QkOperands
 from natten._settings import NattenContext
 from natten.functional import neighborhood_attention_generic
+from natten.types import Backend
 
 
 class _NeighborhoodAttention(nn.Module):
@@ -44,9 +45,9 @@ class _NeighborhoodAttention(nn.Module):
         attn_drop: float = 0.0,
         embed_dim: int | None = None,
         bias: bool | None = None,
-        boundary: StrPerAxis = "shift",
+        boundary: BoundaryPerAxis = "shift",
         offset: IntPerAxis = 0,
-        backend: str | None = None,
+        backend: Backend | None = None,
         use_experimental_ops: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
@@ -97,7 +98,7 @@ class _NeighborhoodAttention(nn.Module):
         stride: IntPerAxis | None = 1,
         dilation: IntPerAxis | None = 1,
         is_causal: BoolPerAxis | None = False,
-        boundary: StrPerAxis = "shift",
+        boundary: BoundaryPerAxis = "shift",
         offset: IntPerAxis = 0,
     ) -> None:
         """Keeps what is said about windows, checked, as one value per axis."""
@@ -124,6 +125,15 @@ class _NeighborhoodAttention(nn.Module):
             self.attn_drop = nn.Dropout(0.0)
         self.attn_drop_rate = state.get("attn_drop_rate", getattr(self.attn_drop, "p", 0.0))
         self.backend = state.get("backend")
+
+    @overload
+    def forward(self, x: Tensor, return_weights: Literal[False] = False) -> Tensor: ...
+
+    @overload
+    def forward(self, x: Tensor, return_weights: Literal[True]) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(self, x: Tensor, return_weights: bool) -> Tensor | tuple[Tensor, Tensor]: ...
 
     def forward(self, x: Tensor, return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Attends: fused, unless something needs the attention weights in memory.
@@ -157,6 +167,9 @@ class _NeighborhoodAttention(nn.Module):
         assert weights is not None
         return projected, weights
 
+    if TYPE_CHECKING:
+        __call__: _signatures.Forward  # torch's own returns Any
+
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Query, key and value, ``[batch, *grid, heads, head_dim]``. Whatever is in place of the linear layer will do."""
         name = type(self).__name__
@@ -184,7 +197,7 @@ class _NeighborhoodAttention(nn.Module):
         return split.unbind(-3)  # type: ignore[no-any-return]
 
     def _fused(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        attended = neighborhood_attention_generic(
+        return neighborhood_attention_generic(
             query,
             key,
             value,
@@ -198,8 +211,6 @@ class _NeighborhoodAttention(nn.Module):
             boundary=self.boundary,
             offset=self.offset,
         )
-        assert isinstance(attended, Tensor)
-        return attended
 
     def _unfused(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         window = (
@@ -235,7 +246,7 @@ class _NeighborhoodAttention(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in parts.items())
 
 
-def _prefers_fused(backend: str | None) -> bool:
+def _prefers_fused(backend: Backend | None) -> bool:
     """Whether attention that can be fused is to be: what has only one kind of kernels is stronger than the switch."""
     name = _dispatch.backend_in_force() if backend is None else _dispatch.canonical(backend)
     name = name.partition(":")[0]  # without the policy

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 __all__ = [
+    "Backend",
+    "Boundary",
     "CausalArg1DType",
     "CausalArg1DTypeOrDed",
     "CausalArg2DType",
@@ -27,6 +29,52 @@ __all__ = [
     "FnaForwardConfigType",
     "KernelSchedule",
     "NoneType",
+]
+
+# What windows do at the ends of an axis.
+Boundary: TypeAlias = Literal["shift", "mask", "zeros", "valid"]
+
+# Backends, the names that another package has for them, and one policy or instruction set of a backend.
+Backend: TypeAlias = Literal[
+    "auto",
+    "fna",
+    "gemm",
+    "naive",
+    "flex",
+    "reference",
+    "cutlass-fna",
+    "hopper-fna",
+    "blackwell-fna",
+    "cutlass-fmha",
+    "hopper-fmha",
+    "blackwell-fmha",
+    "flex-fna",
+    "flex-fmha",
+    "fna:x86-64-v4-bf16",
+    "fna:x86-64-v4",
+    "fna:x86-64-v3",
+    "fna:x86-64-v2",
+    "fna:aarch64",
+    "fna:Sm80",
+    "fna:Sm80Tf32",
+    "fna:Sm80Simt",
+    "fna:Sm75",
+    "fna:Sm70",
+    "fna:Sm50",
+    "gemm:x86-64-v4-bf16",
+    "gemm:x86-64-v4",
+    "gemm:x86-64-v3",
+    "gemm:x86-64-v2",
+    "gemm:aarch64",
+    "gemm:Sm80",
+    "gemm:Sm80Tf32",
+    "gemm:Sm80Simt",
+    "gemm:Sm75",
+    "gemm:Sm70",
+    "gemm:Sm50",
+    "naive:baseline",
+    "naive:naive",
+    "gemm:naive",
 ]
 
 # One integer per axis.

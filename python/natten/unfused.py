@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from natten import _attend
-from natten._axes import BoolPerAxis, IntPerAxis, StrPerAxis
+from natten._axes import BoolPerAxis, BoundaryPerAxis, IntPerAxis
 from natten._errors import reject
 from natten._problem import AvOperands, QkOperands
+from natten.types import Backend
 
 __all__ = ["na1d_av", "na1d_qk", "na2d_av", "na2d_qk", "na3d_av", "na3d_qk"]
 
@@ -103,9 +104,9 @@ def na1d_qk(
     rpb: Tensor | None = None,
     *,
     stride: IntPerAxis | None = 1,
-    boundary: StrPerAxis = "shift",
+    boundary: BoundaryPerAxis = "shift",
     offset: IntPerAxis = 0,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Attention weights of a sequence, before the softmax: query times key, unscaled, plus bias.
 
@@ -165,9 +166,9 @@ def na1d_av(
     is_causal: BoolPerAxis | None = False,
     *,
     stride: IntPerAxis | None = 1,
-    boundary: StrPerAxis = "shift",
+    boundary: BoundaryPerAxis = "shift",
     offset: IntPerAxis = 0,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Sums of the values in each window of a sequence, by weights such as `na1d_qk` and a softmax make.
 
@@ -223,9 +224,9 @@ def na2d_qk(
     rpb: Tensor | None = None,
     *,
     stride: IntPerAxis | None = 1,
-    boundary: StrPerAxis = "shift",
+    boundary: BoundaryPerAxis = "shift",
     offset: IntPerAxis = 0,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Attention weights of a feature map, before the softmax: query times key, unscaled, plus bias.
 
@@ -285,9 +286,9 @@ def na2d_av(
     is_causal: BoolPerAxis | None = False,
     *,
     stride: IntPerAxis | None = 1,
-    boundary: StrPerAxis = "shift",
+    boundary: BoundaryPerAxis = "shift",
     offset: IntPerAxis = 0,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Sums of the values in each window of a feature map, by weights such as `na2d_qk` and a softmax make.
 
@@ -343,9 +344,9 @@ def na3d_qk(
     rpb: Tensor | None = None,
     *,
     stride: IntPerAxis | None = 1,
-    boundary: StrPerAxis = "shift",
+    boundary: BoundaryPerAxis = "shift",
     offset: IntPerAxis = 0,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Attention weights of a volume, before the softmax: query times key, unscaled, plus bias.
 
@@ -405,9 +406,9 @@ def na3d_av(
     is_causal: BoolPerAxis | None = False,
     *,
     stride: IntPerAxis | None = 1,
-    boundary: StrPerAxis = "shift",
+    boundary: BoundaryPerAxis = "shift",
     offset: IntPerAxis = 0,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Sums of the values in each window of a volume, by weights such as `na3d_qk` and a softmax make.
 

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from natten import _attend, _dispatch
+from natten import _attend, _dispatch, _signatures
 from natten._axes import (
     BoolPerAxis,
+    BoundaryPerAxis,
     IntPerAxis,
-    StrPerAxis,
     Window,
     integers,
     normalize_windows,
@@ -25,6 +25,7 @@ from natten._axes import (
 from natten._errors import ArgumentError, reject
 from natten._problem import Operands
 from natten._varlen import check_packed
+from natten.types import Backend
 
 __all__ = ["Layout", "configure_varlen", "neighborhood_attention_varlen"]
 
@@ -52,7 +53,7 @@ class Metadata(NamedTuple):
     is_causal: tuple[bool, ...]
     boundary: tuple[str, ...]
     offset: tuple[int, ...]
-    backend: str | None
+    backend: Backend | None
 
 
 def configure_varlen(
@@ -68,7 +69,7 @@ def configure_varlen(
     kernel_size_list: Sequence[IntPerAxis] | None = None,
     stride_list: Sequence[IntPerAxis] | None = None,
     dilation_list: Sequence[IntPerAxis] | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
     *,
     head_dim_v: int | None = None,
     q_tile_shape: Any = None,
@@ -77,7 +78,7 @@ def configure_varlen(
     backward_kv_tile_shape: Any = None,
     run_persistent_kernel: bool = True,
     kernel_schedule: Any = None,
-    boundary: StrPerAxis = "shift",
+    boundary: BoundaryPerAxis = "shift",
     offset: IntPerAxis = 0,
 ) -> Metadata:
     """What `neighborhood_attention_varlen` takes as ``metadata``, made once for many calls.
@@ -177,6 +178,7 @@ def _of_grid(i: int, extents: tuple[int, ...]) -> Iterator[None]:
         raise type(error)(message) from error
 
 
+@_signatures.varlen
 def neighborhood_attention_varlen(
     query: Tensor,
     key: Tensor,
@@ -191,7 +193,7 @@ def neighborhood_attention_varlen(
     stride_list: Sequence[IntPerAxis] | None = None,
     dilation_list: Sequence[IntPerAxis] | None = None,
     scale: float | Tensor | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
     return_lse: bool = False,
     *,
     additional_keys: Tensor | None = None,
@@ -207,7 +209,7 @@ def neighborhood_attention_varlen(
     kernel_schedule: Any = None,
     torch_compile: bool = False,
     rpb: Tensor | None = None,
-    boundary: StrPerAxis = "shift",
+    boundary: BoundaryPerAxis = "shift",
     offset: IntPerAxis = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Neighborhood attention within each of several grids. One call of the kernels per grid.

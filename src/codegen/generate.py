@@ -1,7 +1,7 @@
 """Writes the C++ files that instantiate the kernel table, and tells CMake about them.
 
 Usage:
-    generate.py --architecture x86_64 --output <folder in the build tree>       the CPU's kernels, and dispatch's table
+    generate.py --architecture x86_64 --output <folder in the build tree> [--only v3]   the CPU's kernels, and dispatch's table
     generate.py --cuda-output <folder> --cuda-archs "80;89" [--all-policies] [--table my_table.py]
     generate.py --cuda-output <folder> --select emulation [--only sm80] [--table my_table.py]
 """
@@ -280,15 +280,27 @@ def write_if_different(path: Path, text: str) -> None:
         path.write_text(text)
 
 
-def write_cpu(output: Path, architecture: str) -> None:
+def write_cpu(output: Path, architecture: str, only: str) -> None:
     """The CPU kernels, and the table of the core."""
-    rows = [row for row in ROWS if re.fullmatch(row.isa.architecture, architecture)]
+    rows = [
+        row
+        for row in ROWS
+        if re.fullmatch(row.isa.architecture, architecture) and re.search(only, row.name)
+    ]
+    if not rows:
+        message = f"no row for {architecture} has a name in which {only!r} is found"
+        raise ValueError(message)
     isas = [isa for isa in ISAS if any(row.isa is isa for row in rows)]
     output.mkdir(parents=True, exist_ok=True)
     for row in rows:
         write_if_different(output / f"{row.name}.cpp", instantiation(row))
     write_if_different(output / "table.cpp", table(rows, isas))
-    write_if_different(output / "kernels.cmake", cmake_lists(rows, [*isas, BASELINE]))
+    write_if_different(
+        output / "kernels.cmake",
+        cmake_lists(
+            rows, [*isas, *([BASELINE] if any(row.isa is BASELINE for row in rows) else [])]
+        ),
+    )
 
 
 def main() -> None:
@@ -316,7 +328,7 @@ def main() -> None:
 
     check(ROWS, CUDA_ROWS)
     if arguments.output:
-        write_cpu(arguments.output, arguments.architecture)
+        write_cpu(arguments.output, arguments.architecture, arguments.only)
     if arguments.cuda_output:
         rows: tuple[CudaRow, ...] = CUDA_ROWS
         if arguments.table:
