@@ -20,6 +20,7 @@ from natten import _C, _flex, _settings
 from natten._errors import ArgumentError, reject
 from natten._problem import Problem
 from natten._settings import NattenContext
+from natten.types import Backend
 
 # In order of preference.
 _COMPILED = tuple(dict.fromkeys(kernel.backend for kernel in _C.kernels()))
