@@ -25,6 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings(
         "ignore::DeprecationWarning:torch",
         "ignore::FutureWarning:torch",
+        "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
         "ignore:The PyTorch API of nested tensors:UserWarning",
     ),
 ]
@@ -47,8 +48,8 @@ def op_calls(dtype):
     weights = torch.randn(*query.shape[:-1], math.prod(FULL.kernel_size)).to(dtype)
     ops = torch.ops.natten
     return {
-        "qk": (ops.qk.default, (query, key, rpb, axes, 0.0)),
-        "qk without bias": (ops.qk.default, (query, key, None, axes, -math.inf)),
+        "qk": (ops.qk.default, (query, key, rpb, axes, False)),
+        "qk without bias": (ops.qk.default, (query, key, None, axes, True)),
         "av": (ops.av.default, (weights, key, axes)),
         "av_transposed": (ops.av_transposed.default, (weights, query, axes, FULL.heads_kv)),
         "rpb_gradient": (ops.rpb_gradient.default, (weights, axes)),
@@ -79,10 +80,10 @@ def leaves_of(arguments):
 
 WRONG = {
     "slots": lambda ops, x, w, axes: ops.av(w[..., :2], x, axes, "auto"),
-    "grid": lambda ops, x, w, axes: ops.qk(x, x[:, :, :7], None, axes, 0.0, "auto"),
-    "rank": lambda ops, x, w, axes: ops.qk(x[0], x[0], None, axes, 0.0, "auto"),
+    "grid": lambda ops, x, w, axes: ops.qk(x, x[:, :, :7], None, axes, False, "auto"),
+    "rank": lambda ops, x, w, axes: ops.qk(x[0], x[0], None, axes, False, "auto"),
     "axes": lambda ops, x, w, axes: ops.qk(x, x, None, axes[:-1], 0.0, "auto"),
-    "bias": lambda ops, x, w, axes: ops.qk(x, x, torch.randn(4, 4), axes, 0.0, "auto"),
+    "bias": lambda ops, x, w, axes: ops.qk(x, x, torch.randn(4, 4), axes, False, "auto"),
     "heads": lambda ops, x, w, axes: ops.av_transposed(w, x, axes, 3, "auto"),
     "no heads": lambda ops, x, w, axes: ops.av_transposed(w, x, axes, 0, "auto"),
     "type": lambda ops, x, w, axes: ops.av(w, x.bfloat16(), axes, "auto"),
