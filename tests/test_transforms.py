@@ -18,7 +18,7 @@ from natten.functional import na1d_qk, na2d_av, na2d_qk
 from tests import oracle
 from tests.cases import random_problem
 from tests.test_kernels import call
-from tests.test_torch import as_op, plain, scalar
+from tests.test_torch import plain, scalar
 from tests.test_unfused_torch import brute_force, of_ops
 
 # torch's own code under compile and export warns of things that are not ours.
@@ -77,8 +77,17 @@ def derivatives(function, operands, tangents, second, cotangents):
 
 
 def as_plain(problem, operands):
-    *_, axes, scale = as_op(problem, operands)
-    return lambda *tensors: reference.forward(Operands(*tensors), tuple(axes), scale)
+    settings = {"grid": None, "query_origin": None, "key_origin": None, **problem.arguments()}
+    normalized = normalize(Operands(*operands).describe(), None, **settings)
+
+    def function(query, *others):
+        for dim, start, length in normalized.narrowing:
+            query = query.narrow(dim, start, length)
+        return reference.forward(
+            Operands(query, *others), normalized.flat_axes, normalized.scale
+        )
+
+    return function
 
 
 @pytest.mark.parametrize("features", FEATURES, ids="-".join)
