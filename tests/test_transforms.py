@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.autograd import forward_ad
-from torch.func import grad, jacfwd, jvp, vmap
+from torch.func import grad, jvp, vmap
 
 import natten
 from natten import _tangents, reference
@@ -23,7 +23,10 @@ from tests.test_unfused_torch import brute_force, of_ops
 
 # torch's own code under compile and export warns of things that are not ours.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch"
+    "ignore::DeprecationWarning:torch",
+    "ignore::FutureWarning:torch",
+    "ignore:.*LeafSpec:FutureWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
 )
 
 FEATURES = [
@@ -83,9 +86,7 @@ def as_plain(problem, operands):
     def function(query, *others):
         for dim, start, length in normalized.narrowing:
             query = query.narrow(dim, start, length)
-        return reference.forward(
-            Operands(query, *others), normalized.flat_axes, normalized.scale
-        )
+        return reference.forward(Operands(query, *others), normalized.flat_axes, normalized.scale)
 
     return function
 
@@ -192,7 +193,11 @@ def dual_levels(function):
 COMPILED = {
     "jvp": lambda f: lambda x, rpb: jvp(f, (x, rpb), (x.cos(), rpb.cos())),
     "jvp_of_grad": lambda f: lambda x, rpb: jvp(lambda x: grad(f)(x, rpb), (x,), (x.cos(),)),
-    "jacfwd": lambda f: jacfwd(f, 1),
+    "vmap_of_jvp": lambda f: (
+        lambda x, rpb: vmap(lambda t: jvp(lambda rpb: f(x, rpb), (rpb,), (t,))[1])(
+            torch.stack([rpb.cos(), rpb])
+        )
+    ),
     "grad_of_grad": lambda f: grad(lambda x, rpb: grad(f)(x, rpb).sin().sum(), (0, 1)),
     "dual_levels": dual_levels,
 }
