@@ -57,7 +57,7 @@ def test_unfused_ops_too(backend):
     axes = [6, 3, 1, 1, 0, 0, 0, 0, 6, 0, 6]
     query, key, rpb = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8), torch.randn(4, 5)
     ops = torch.ops.natten
-    assert_same(lambda *t: [ops.qk(*t, axes, 0.0, backend)], query, key, rpb)
+    assert_same(lambda *t: [ops.qk(*t, axes, False, backend)], query, key, rpb)
     weights = torch.randn(1, 4, 6, 3)
     assert_same(lambda *t: [ops.av(*t, axes, backend)], weights, key)
     assert_same(lambda *t: [ops.av_transposed(*t, axes, 2, backend)], weights, query)

@@ -42,7 +42,7 @@ def arguments_of(op, dtype=torch.float32):
         return {**_fused(dtype), **gradients}, settings
     return {
         "forward": (_fused(dtype), settings),
-        "qk": ({"query": query, "key": key, "rpb": torch.randn(HEADS, 5, 5)}, (AXES, 0.0)),
+        "qk": ({"query": query, "key": key, "rpb": torch.randn(HEADS, 5, 5)}, (AXES, False)),
         "av": ({"weights": weights, "value": key}, (AXES,)),
         "av_transposed": ({"weights": weights, "x": query}, (AXES, HEADS_KV)),
         "rpb_gradient": ({"weights": weights}, (AXES,)),

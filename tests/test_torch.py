@@ -23,7 +23,9 @@ from tests.test_kernels import call
 
 # torch's own code under compile, export and vmap warns of things that are not ours.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch"
+    "ignore::DeprecationWarning:torch",
+    "ignore::FutureWarning:torch",
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
 )
 
 FULL = random_problem(("rank2", "rpb", "additional", "gqa", "value_dim", "zeros"), 1)

@@ -25,6 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings(
         "ignore::DeprecationWarning:torch",
         "ignore::FutureWarning:torch",
+        "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
         "ignore:The PyTorch API of nested tensors:UserWarning",
     ),
 ]
@@ -47,8 +48,8 @@ def op_calls(dtype):
     weights = torch.randn(*query.shape[:-1], math.prod(FULL.kernel_size)).to(dtype)
     ops = torch.ops.natten
     return {
-        "qk": (ops.qk.default, (query, key, rpb, axes, 0.0)),
-        "qk without bias": (ops.qk.default, (query, key, None, axes, -math.inf)),
+        "qk": (ops.qk.default, (query, key, rpb, axes, False)),
+        "qk without bias": (ops.qk.default, (query, key, None, axes, True)),
         "av": (ops.av.default, (weights, key, axes)),
         "av_transposed": (ops.av_transposed.default, (weights, query, axes, FULL.heads_kv)),
         "rpb_gradient": (ops.rpb_gradient.default, (weights, axes)),

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 import operator
 from collections.abc import Callable
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor
 
 from natten import _autotune, _dispatch, _flex, _ops, _unfused
-from natten._autocast import without_autocast
 from natten._axes import TILE_ARGUMENTS, normalize_tile_shapes
 from natten._errors import reject
 from natten._problem import (
@@ -230,11 +228,11 @@ def qk(rank: int, backend: str | None, operands: QkOperands, *arguments: Any) ->
         query = query.narrow(dim, start, length)
     if rpb is not None:
         rpb = rpb.to(lse_dtype(query.dtype))
-    settings = plan.problem.flat_axes, -math.inf, plan.backend
+    settings = plan.problem.flat_axes, True, plan.backend
     weights: Tensor = _ops.run(_unfused.QK, plan.needs_grad, query, key, rpb, *settings)
     if additional_keys is None:
         return weights
-    return torch.cat([weights, _product(query, additional_keys.mT)], dim=-1)
+    return torch.cat([weights, _unfused.dense_product(query, additional_keys.mT)], dim=-1)
 
 
 def av(rank: int, backend: str | None, operands: AvOperands, *arguments: Any) -> Tensor:
@@ -248,16 +246,7 @@ def av(rank: int, backend: str | None, operands: AvOperands, *arguments: Any) ->
     output: Tensor = _ops.run(_unfused.AV, plan.needs_grad, attn[..., :slots], value, *settings)
     if additional_values is None:
         return output
-    return output + _product(attn[..., slots:], additional_values)
-
-
-@without_autocast
-def _product(rows: Tensor, matrix: Tensor) -> Tensor:
-    """[batch, heads, *grid, n] of rows [batch, heads, *grid, m] and a matrix [batch, heads_kv, m, n] a head."""
-    batch, heads, *grid, width = rows.shape
-    heads_kv = matrix.shape[1]
-    shape = batch, heads_kv, heads // heads_kv * math.prod(grid), width
-    return (rows.reshape(shape) @ matrix).reshape(batch, heads, *grid, matrix.shape[-1])
+    return output + _unfused.dense_product(attn[..., slots:], additional_values)
 
 
 @dataclass(frozen=True)

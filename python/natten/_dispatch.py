@@ -135,7 +135,7 @@ class use_backend(ContextDecorator):
 
     def _recreate_cm(self) -> use_backend:
         """One for each call of a decorated function, which several threads may run at once."""
-        return use_backend(self._name)
+        return use_backend(cast("Backend", self._name))
 
     def __del__(self) -> None:
         if not getattr(self, "_is_used", True):

@@ -12,33 +12,16 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch._C import _AutoDispatchBelowAutograd
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
 
 from natten import _C, _dispatch, _launch, reference
 from natten._axes import AXIS_INTS
+from natten._custom_op import below_autograd, count_flops, define
 from natten._errors import reject
 from natten._problem import Operands
 from natten._signature import check, facts_of, lse_dtype
 
 Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-_OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor? additional_keys, Tensor? additional_values, Tensor? rpb"
-_SETTINGS = "SymInt[] axes, float scale, str backend, int[] tile_shapes=[]"
-_GRADIENTS = ", ".join(["Tensor"] * 6)
-
-library: Any = torch.library.Library("natten", "DEF")  # type: ignore[no-untyped-call]
-library.define(
-    f"forward({_OPERANDS}, {_SETTINGS}) -> (Tensor output, Tensor lse)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-library.define(
-    f"backward({_OPERANDS}, Tensor output, Tensor lse, Tensor d_output, Tensor? d_lse, {_SETTINGS}) -> ({_GRADIENTS})",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-FORWARD: Any = torch.ops.natten.forward.default
-BACKWARD: Any = torch.ops.natten.backward.default
 
 
 def run(op: Any, needs_grad: bool, *arguments: Any) -> Any:
@@ -50,9 +33,8 @@ def run(op: Any, needs_grad: bool, *arguments: Any) -> Any:
         or forward_ad._current_level >= 0
     ):
         return op(*arguments)
-    # The autograd kernel costs 5 us.
-    with _AutoDispatchBelowAutograd():
-        return op(*arguments)
+    # The kernel for autograd costs 10 us.
+    return below_autograd(op, arguments)
 
 
 # Kernels ------------------------------------------------------------------------------------------------------------
@@ -170,16 +152,18 @@ def _forward(
     axes: list[int],
     scale: float,
     backend: str,
-    tile_shapes: Sequence[int] = (),
+    tile_shapes: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     backend = _resolve(backend, query)
     operands = (query, key, value, additional_keys, additional_values, rpb)
     flat_axes = tuple(axes)
     if backend == "reference":
         check("forward", operands, flat_axes)
-        return reference.forward(Operands(*operands), flat_axes, scale)
+        # Copies, as an op's results must be no views of others.
+        output, lse = reference.forward(Operands(*operands), flat_axes, scale)
+        return output.clone(), lse.clone()
     problem, kernel, workspace_bytes = launch(
-        "forward", backend, operands, flat_axes, scale, tile_shapes
+        "forward", backend, operands, flat_axes, scale, tile_shapes or ()
     )
     output, lse = _empty_output(query, value)
     if kernel is None:
@@ -247,7 +231,7 @@ def _backward(
     axes: list[int],
     scale: float,
     backend: str,
-    tile_shapes: Sequence[int] = (),
+    tile_shapes: Sequence[int] | None = None,
 ) -> Gradients:
     backend = _resolve(backend, query)
     operands = Operands(query, key, value, additional_keys, additional_values, rpb)
@@ -262,7 +246,7 @@ def _backward(
                 gradient.copy_(result)
         return gradients
     problem, kernel, workspace_bytes = launch(
-        "backward", backend, tensors, flat_axes, scale, tile_shapes
+        "backward", backend, tensors, flat_axes, scale, tile_shapes or ()
     )
     gradients = _empty_gradients(operands)
     if kernel is None:
@@ -316,10 +300,6 @@ def _backward(
     return gradients
 
 
-library.impl("forward", _forward, "CompositeExplicitAutograd")
-library.impl("backward", _backward, "CompositeExplicitAutograd")
-
-
 # Shapes -------------------------------------------------------------------------------------------------------------
 
 
@@ -335,8 +315,18 @@ def _backward_fake(*arguments: Any) -> Gradients:
     return _empty_gradients(Operands(*tensors[:6]))
 
 
-torch.library.register_fake("natten::forward", _forward_fake, lib=library)
-torch.library.register_fake("natten::backward", _backward_fake, lib=library)
+_OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor? additional_keys, Tensor? additional_values, Tensor? rpb"
+# No default but None: ahead of time, torch compiles any into one.
+_SETTINGS = "SymInt[] axes, float scale, str backend, int[]? tile_shapes=None"
+_GRADIENTS = ", ".join(["Tensor"] * 6)
+FORWARD: Any = define(
+    f"forward({_OPERANDS}, {_SETTINGS}) -> (Tensor output, Tensor lse)", _forward, _forward_fake
+)
+BACKWARD: Any = define(
+    f"backward({_OPERANDS}, Tensor output, Tensor lse, Tensor d_output, Tensor? d_lse, {_SETTINGS}) -> ({_GRADIENTS})",
+    _backward,
+    _backward_fake,
+)
 
 
 # FLOP counts --------------------------------------------------------------------------------------------------------
@@ -362,35 +352,15 @@ def _flops(
     return 2 * batch * heads * pairs * (query_products * head_dim + value_products * v_shape[-1])  # type: ignore[no-any-return]
 
 
-@register_flop_formula(torch.ops.natten.forward)
-def _(
-    q_shape: Any,
-    k_shape: Any,
-    v_shape: Any,
-    extra_shape: Any,
-    _v: Any,
-    _r: Any,
-    axes: Any,
-    *_: Any,
-    **__: Any,
-) -> int:
-    return _flops(q_shape, v_shape, extra_shape, axes, 1, 1)
+def _forward_flops(*shapes: Any) -> int:
+    query, _, value, additional_keys, _, _, axes, *_ = shapes
+    return _flops(query, value, additional_keys, axes, 1, 1)
 
 
-@register_flop_formula(torch.ops.natten.backward)
-def _(
-    q_shape: Any,
-    k_shape: Any,
-    v_shape: Any,
-    extra_shape: Any,
-    _v: Any,
-    _r: Any,
-    _o: Any,
-    _l: Any,
-    _do: Any,
-    _dl: Any,
-    axes: Any,
-    *_: Any,
-    **__: Any,
-) -> int:
-    return _flops(q_shape, v_shape, extra_shape, axes, 3, 2)
+def _backward_flops(*shapes: Any) -> int:
+    query, _, value, additional_keys, _, _, _, _, _, _, axes, *_ = shapes
+    return _flops(query, value, additional_keys, axes, 3, 2)
+
+
+count_flops(FORWARD, _forward_flops)
+count_flops(BACKWARD, _backward_flops)

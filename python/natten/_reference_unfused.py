@@ -36,13 +36,18 @@ def _keys(tensor: Tensor) -> Tensor:
     return tensor.to(_compute_type(tensor)).flatten(2, -2).transpose(1, 2)
 
 
+def _owned(result: Tensor) -> Tensor:
+    """A contiguous copy: an op's results must be no views of others."""
+    return result.clone(memory_format=torch.contiguous_format)
+
+
 def _on_grid(parts: list[Tensor], like: Tensor, width: int) -> Tensor:
     """The parts [batch, query, heads_kv, group, width] on the grid of `like`, and in its type."""
     shape = (*like.shape[:-1], width)
     if not parts:
         return like.new_zeros(shape)
     on_grid = torch.cat(parts, dim=1).flatten(2, 3).transpose(1, 2).reshape(shape)
-    return on_grid.to(like.dtype).contiguous()
+    return _owned(on_grid.to(like.dtype))
 
 
 def _windows(queries: Tensor, head_dim: int, flat_axes: tuple[int, ...]) -> Iterator[_Chunk]:
@@ -97,7 +102,7 @@ def av_transposed(weights: Tensor, x: Tensor, flat_axes: tuple[int, ...], heads_
         )
         total = chunk.scatter(total, part)
     shape = (x.shape[0], heads_kv, *key_grid, x.shape[-1])
-    return total.transpose(1, 2).reshape(shape).to(x.dtype).contiguous()
+    return _owned(total.transpose(1, 2).reshape(shape).to(x.dtype))
 
 
 @without_autocast
@@ -109,4 +114,4 @@ def rpb_gradient(weights: Tensor, flat_axes: tuple[int, ...]) -> Tensor:
     total = columns.new_zeros(heads, 1, math.prod(entries))
     for chunk in _windows(columns, 1, flat_axes):
         total = chunk.add_to_bias(total, _filled(columns, chunk).sum(dim=0).permute(1, 2, 0, 3))
-    return total.reshape(heads, *entries)
+    return _owned(total.reshape(heads, *entries))

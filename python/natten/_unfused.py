@@ -8,43 +8,21 @@ of any order and to forward mode. What they compute is told, and defined, in `_r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
 
 from natten import _C, _reference_unfused
+from natten._autocast import without_autocast
 from natten._axes import AXIS_INTS
+from natten._custom_op import Folding, count_flops, define, transform
 from natten._launch import Launch
-from natten._ops import _ABSENT, _resolve, _run, attended_pairs, launch, library
+from natten._ops import _ABSENT, _resolve, _run, attended_pairs, launch
 from natten._signature import check, lse_dtype
-from natten._transforms import (
-    _below_autograd,
-    _fold,
-    _is_dual,
-    _is_recorded,
-    _record,
-    _unfold,
-)
 
 _KERNEL_SIZE = _C.AXIS_FIELDS.index("kernel_size")
 _KEY_EXTENT = _C.AXIS_FIELDS.index("key_extent")
-
-for _schema in (
-    "qk(Tensor query, Tensor key, Tensor? rpb, SymInt[] axes, float unused, str backend)",
-    "av(Tensor weights, Tensor value, SymInt[] axes, str backend)",
-    "av_transposed(Tensor weights, Tensor x, SymInt[] axes, SymInt heads_kv, str backend)",
-    "rpb_gradient(Tensor weights, SymInt[] axes, str backend)",
-):
-    library.define(f"{_schema} -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-QK: Any = torch.ops.natten.qk.default
-AV: Any = torch.ops.natten.av.default
-AV_TRANSPOSED: Any = torch.ops.natten.av_transposed.default
-RPB_GRADIENT: Any = torch.ops.natten.rpb_gradient.default
-
 
 # Kernels ------------------------------------------------------------------------------------------------------------
 
@@ -97,10 +75,11 @@ def _compute(
 
 
 def _qk(
-    query: Tensor, key: Tensor, rpb: Tensor | None, axes: list[int], unused: float, backend: str
+    query: Tensor, key: Tensor, rpb: Tensor | None, axes: list[int], is_masked: bool, backend: str
 ) -> Tensor:
     backend = _resolve(backend, query)
     tensors = query, key, rpb
+    unused = -math.inf if is_masked else 0.0
     if backend == "reference":
         check("qk", tensors, axes)
         return _reference_unfused.qk(*tensors, tuple(axes), unused)
@@ -186,7 +165,41 @@ def _rpb_gradient_fake(weights: Tensor, axes: list[int], *_: Any) -> Tensor:
     return _empty_table(weights, axes)
 
 
+# Ops ----------------------------------------------------------------------------------------------------------------
+
+# Slots without a key hold -inf if is_masked, else 0; a float could not be -inf in what is compiled ahead of time.
+QK: Any = define(
+    "qk(Tensor query, Tensor key, Tensor? rpb, SymInt[] axes, bool is_masked, str backend) -> Tensor",
+    _qk,
+    _qk_fake,
+)
+AV: Any = define(
+    "av(Tensor weights, Tensor value, SymInt[] axes, str backend) -> Tensor", _av, _av_fake
+)
+AV_TRANSPOSED: Any = define(
+    "av_transposed(Tensor weights, Tensor x, SymInt[] axes, SymInt heads_kv, str backend) -> Tensor",
+    _av_transposed,
+    _av_transposed_fake,
+)
+RPB_GRADIENT: Any = define(
+    "rpb_gradient(Tensor weights, SymInt[] axes, str backend) -> Tensor",
+    _rpb_gradient,
+    _rpb_gradient_fake,
+)
+
+
 # Derivatives --------------------------------------------------------------------------------------------------------
+
+
+class _Bilinear:
+    """An op of two tensors, linear in each, and of settings: both tensors are kept, and no zeros made up."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Tensor) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:2])
+        ctx.save_for_forward(*inputs[:2])
+        ctx.settings = inputs[2:]
 
 
 def _total(*parts: Tensor | None) -> Tensor | None:
@@ -194,180 +207,144 @@ def _total(*parts: Tensor | None) -> Tensor | None:
     return sum(present[1:], present[0]) if present else None
 
 
-class _Qk(torch.autograd.Function):
+class _Qk(_Bilinear):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        query, key, rpb, axes, _, backend = arguments
-        ctx.save_for_backward(query, key)
-        ctx.settings = axes, backend
-        ctx.rpb_dtype = None if rpb is None else rpb.dtype
-        return _below_autograd(QK, arguments)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Any) -> Any:
-        (d_weights,), (query, key), (axes, backend) = cotangents, ctx.saved_tensors, ctx.settings
+    def backward(ctx: Any, d_weights: Tensor | None) -> tuple[Tensor | None, ...]:
+        (query, key), (rpb, axes, _, backend) = ctx.saved_tensors, ctx.settings
         wants_query, wants_key, wants_rpb = ctx.needs_input_grad[:3]
         d_query = d_key = d_rpb = None
-        if wants_query:
-            d_query = AV(d_weights, key, axes, backend)
-        if wants_key:
-            d_key = AV_TRANSPOSED(d_weights, query, axes, key.shape[1], backend)
-        if wants_rpb:
-            d_rpb = RPB_GRADIENT(d_weights, axes, backend).to(ctx.rpb_dtype)
+        if d_weights is not None:
+            if wants_query:
+                d_query = AV(d_weights, key, axes, backend)
+            if wants_key:
+                d_key = AV_TRANSPOSED(d_weights, query, axes, key.shape[1], backend)
+            if wants_rpb:
+                d_rpb = RPB_GRADIENT(d_weights, axes, backend).to(rpb)
         return d_query, d_key, d_rpb, None, None, None
 
     @staticmethod
-    def tangent(primals: Any, tangents: Any, axes: Any, _: float, backend: str) -> Tensor | None:
-        (query, key, _), (t_query, t_key, t_rpb) = primals, tangents
+    def jvp(ctx: Any, saved: tuple[Any, ...], *tangents: Tensor | None) -> Tensor | None:
+        (query, key), (_, axes, _, backend) = saved, ctx.settings
+        t_query, t_key, t_rpb = tangents[:3]
         by_query = by_key = None
         if t_query is not None or t_rpb is not None:
             moved = query.new_zeros(()).expand_as(query) if t_query is None else t_query
-            by_query = QK(moved, key, t_rpb, axes, 0.0, backend)
+            by_query = QK(moved, key, t_rpb, axes, False, backend)
         if t_key is not None:
-            by_key = QK(query, t_key, None, axes, 0.0, backend)
+            by_key = QK(query, t_key, None, axes, False, backend)
         return _total(by_query, by_key)
 
-
-class _Av(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        weights, value, *ctx.settings = arguments
-        ctx.save_for_backward(weights, value)
-        return _below_autograd(AV, arguments)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _Bilinear.setup_context(ctx, inputs, output)
+        rpb, *settings = ctx.settings
+        ctx.settings = None if rpb is None else rpb.dtype, *settings
 
+
+class _Av(_Bilinear):
     @staticmethod
-    def backward(ctx: Any, *cotangents: Any) -> Any:
-        (d_output,), (weights, value), (axes, backend) = cotangents, ctx.saved_tensors, ctx.settings
+    def backward(ctx: Any, d_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        (weights, value), (axes, backend) = ctx.saved_tensors, ctx.settings
         d_weights = d_value = None
-        if ctx.needs_input_grad[0]:
-            d_weights = QK(d_output, value, None, axes, 0.0, backend)
-        if ctx.needs_input_grad[1]:
-            d_value = AV_TRANSPOSED(weights, d_output, axes, value.shape[1], backend)
+        if d_output is not None:
+            if ctx.needs_input_grad[0]:
+                d_weights = QK(d_output, value, None, axes, False, backend)
+            if ctx.needs_input_grad[1]:
+                d_value = AV_TRANSPOSED(weights, d_output, axes, value.shape[1], backend)
         return d_weights, d_value, None, None
 
     @staticmethod
-    def tangent(primals: Any, tangents: Any, *settings: Any) -> Tensor | None:
-        (weights, value), (t_weights, t_value) = primals, tangents
+    def jvp(ctx: Any, saved: tuple[Any, ...], *tangents: Tensor | None) -> Tensor | None:
+        (weights, value), (t_weights, t_value, *_) = saved, tangents
         return _total(
-            None if t_weights is None else AV(t_weights, value, *settings),
-            None if t_value is None else AV(weights, t_value, *settings),
+            None if t_weights is None else AV(t_weights, value, *ctx.settings),
+            None if t_value is None else AV(weights, t_value, *ctx.settings),
         )
 
 
-class _AvTransposed(torch.autograd.Function):
+class _AvTransposed(_Bilinear):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        weights, x, ctx.axes, _, ctx.backend = arguments
-        ctx.save_for_backward(weights, x)
-        return _below_autograd(AV_TRANSPOSED, arguments)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Any) -> Any:
-        (d_output,), (weights, x) = cotangents, ctx.saved_tensors
+    def backward(ctx: Any, d_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        (weights, x), (axes, _, backend) = ctx.saved_tensors, ctx.settings
         d_weights = d_x = None
-        if ctx.needs_input_grad[0]:
-            d_weights = QK(x, d_output, None, ctx.axes, 0.0, ctx.backend)
-        if ctx.needs_input_grad[1]:
-            d_x = AV(weights, d_output, ctx.axes, ctx.backend)
+        if d_output is not None:
+            if ctx.needs_input_grad[0]:
+                d_weights = QK(x, d_output, None, axes, False, backend)
+            if ctx.needs_input_grad[1]:
+                d_x = AV(weights, d_output, axes, backend)
         return d_weights, d_x, None, None, None
 
     @staticmethod
-    def tangent(primals: Any, tangents: Any, *settings: Any) -> Tensor | None:
-        (weights, x), (t_weights, t_x) = primals, tangents
+    def jvp(ctx: Any, saved: tuple[Any, ...], *tangents: Tensor | None) -> Tensor | None:
+        (weights, x), (t_weights, t_x, *_) = saved, tangents
         return _total(
-            None if t_weights is None else AV_TRANSPOSED(t_weights, x, *settings),
-            None if t_x is None else AV_TRANSPOSED(weights, t_x, *settings),
+            None if t_weights is None else AV_TRANSPOSED(t_weights, x, *ctx.settings),
+            None if t_x is None else AV_TRANSPOSED(weights, t_x, *ctx.settings),
         )
 
 
-class _RpbGradient(torch.autograd.Function):
+class _RpbGradient:
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        weights, ctx.axes, ctx.backend = arguments
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Tensor) -> None:
+        weights, *ctx.settings = inputs
         ctx.shape, ctx.dtype = weights.shape, weights.dtype
-        return _below_autograd(RPB_GRADIENT, arguments)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Any) -> Any:
+    def backward(ctx: Any, table: Tensor) -> tuple[Tensor | None, ...]:
         # Every weight gets the entry of its relative position: that is qk of nothing but a bias.
-        (table,) = cotangents
+        axes, backend = ctx.settings
         batch, heads, *grid, _ = ctx.shape
         zero = table.new_zeros((), dtype=ctx.dtype)
         query = zero.expand(batch, heads, *grid, 1)
-        key = zero.expand(batch, heads, *_per_axis(ctx.axes, _KEY_EXTENT), 1)
-        return QK(query, key, table, ctx.axes, 0.0, ctx.backend), None, None
+        key = zero.expand(batch, heads, *_per_axis(axes, _KEY_EXTENT), 1)
+        return QK(query, key, table, axes, False, backend), None, None
 
     @staticmethod
-    def tangent(_: Any, tangents: Any, *settings: Any) -> Tensor | None:
-        return RPB_GRADIENT(*tangents, *settings)  # type: ignore[no-any-return]
+    def jvp(ctx: Any, _: tuple[Any, ...], t_weights: Tensor, *_no_more: None) -> Tensor:
+        gradient: Tensor = RPB_GRADIENT(t_weights, *ctx.settings)
+        return gradient
 
 
-def _differentiable(function: Any, op: Any, tensors: int) -> Callable[..., Any]:
-    """The op's kernel under autograd; the first `tensors` arguments are its tensors."""
-
-    def kernel(*arguments: Any) -> Any:
-        if not _is_dual(*arguments[:tensors]):
-            return _record(function, op, arguments)
-        pairs = [
-            (None, None) if t is None else forward_ad.unpack_dual(t)  # type: ignore[no-untyped-call]
-            for t in arguments[:tensors]
-        ]
-        primals, tangents = zip(*pairs, strict=True)
-        # Recorded with its dual tensors, so that gradients have tangents, too; a Function must not see that they are.
-        with forward_ad._set_fwd_grad_enabled(not _is_recorded(arguments)):
-            output = _record(function, op, arguments)
-        tangent = function.tangent(primals, tangents, *arguments[tensors:])
-        return forward_ad.make_dual(output, tangent)  # type: ignore[no-untyped-call]
-
-    return kernel
+# vmap's dim goes into the batch, or into the heads where the batch shares a bias table.
 
 
-# vmap: the new dim is folded into the batch, or into the heads where the batch shares a bias table ---------------------
+def _folding_of_qk(*arguments: Any) -> Folding:
+    into = 0 if arguments[2] is None else 1
+    return Folding((into, into, 0), (into,))
 
 
-def _qk_vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-    query, key, rpb, *settings = arguments
-    size, into = info.batch_size, 0 if rpb is None else 1
-    weights = QK(
-        _fold(query, in_dims[0], size, into),
-        _fold(key, in_dims[1], size, into),
-        _fold(rpb, in_dims[2], size, 0),
-        *settings,
-    )
-    return _unfold(weights, size, into), 0
+def _into_batch(*_: Any) -> Folding:
+    return Folding((0, 0), (0,))
 
 
-def _av_vmap(info: Any, in_dims: Any, weights: Any, value: Any, *settings: Any) -> Any:
-    size = info.batch_size
-    output = AV(_fold(weights, in_dims[0], size, 0), _fold(value, in_dims[1], size, 0), *settings)
-    return _unfold(output, size, 0), 0
+transform(QK, _Qk, _folding_of_qk)
+transform(AV, _Av, _into_batch)
+transform(AV_TRANSPOSED, _AvTransposed, _into_batch)
+transform(RPB_GRADIENT, _RpbGradient, lambda *_: Folding((1,), (0,)))
 
 
-def _av_transposed_vmap(info: Any, in_dims: Any, weights: Any, x: Any, *settings: Any) -> Any:
-    size = info.batch_size
-    folded = _fold(weights, in_dims[0], size, 0), _fold(x, in_dims[1], size, 0)
-    return _unfold(AV_TRANSPOSED(*folded, *settings), size, 0), 0
+# Additional tokens, which every query attends to --------------------------------------------------------------------
 
 
-def _rpb_gradient_vmap(info: Any, in_dims: Any, weights: Any, *settings: Any) -> Any:
-    gradient = RPB_GRADIENT(_fold(weights, in_dims[0], info.batch_size, 1), *settings)
-    return _unfold(gradient, info.batch_size, 0), 0
+@without_autocast
+def dense_product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """[batch, heads, *grid, n] of rows [batch, heads, *grid, m] and a matrix [batch, heads_kv, m, n] a head."""
+    batch, heads, *grid, width = rows.shape
+    heads_kv = matrix.shape[1]
+    shape = batch, heads_kv, heads // heads_kv * math.prod(grid), width
+    return (rows.reshape(shape) @ matrix).reshape(batch, heads, *grid, matrix.shape[-1])
 
 
-for _op, _kernel, _fake, _vmap, _function, _tensors in (
-    (QK, _qk, _qk_fake, _qk_vmap, _Qk, 3),
-    (AV, _av, _av_fake, _av_vmap, _Av, 2),
-    (AV_TRANSPOSED, _av_transposed, _av_transposed_fake, _av_transposed_vmap, _AvTransposed, 2),
-    (RPB_GRADIENT, _rpb_gradient, _rpb_gradient_fake, _rpb_gradient_vmap, _RpbGradient, 1),
-):
-    _name = _op._opname
-    library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    library.impl(_name, _differentiable(_function, _op, _tensors), "Autograd")
-    torch.library.register_fake(f"natten::{_name}", _fake, lib=library)
-    torch.library.register_vmap(f"natten::{_name}", _vmap, lib=library)
+@without_autocast
+def dense_transposed(weights: Tensor, x: Tensor, heads_kv: int) -> Tensor:
+    """[batch, heads_kv, m, n] of weights [batch, heads, *grid, m] and x [batch, heads, *grid, n]."""
+    batch, heads, *grid, _ = x.shape
+    shape = batch, heads_kv, heads // heads_kv * math.prod(grid)
+    rows, columns = (t.reshape(*shape, t.shape[-1]) for t in (weights, x))
+    return rows.mT @ columns
 
 
-# FLOP counts: 2 for every attended pair and channel; sums of weights count none, as in torch ----------------------------
+# FLOP counts: 2 for every attended pair and channel; sums of weights count none, as in torch ------------------------
 
 
 def _flops(row_shape: Any, axes: Any, head_dim: int) -> int:
@@ -375,11 +352,6 @@ def _flops(row_shape: Any, axes: Any, head_dim: int) -> int:
     return 2 * batch * heads * attended_pairs(tuple(axes), math.prod(grid), 0) * head_dim  # type: ignore[no-any-return]
 
 
-@register_flop_formula(torch.ops.natten.qk)
-def _(q_shape: Any, _k: Any, _r: Any, axes: Any, *_: Any, **__: Any) -> int:
-    return _flops(q_shape, axes, q_shape[-1])
-
-
-@register_flop_formula([torch.ops.natten.av, torch.ops.natten.av_transposed])
-def _(w_shape: Any, x_shape: Any, axes: Any, *_: Any, **__: Any) -> int:
-    return _flops(w_shape, axes, x_shape[-1])
+count_flops(QK, lambda query, _k, _r, axes, *_: _flops(query, axes, query[-1]))
+count_flops(AV, lambda weights, value, axes, *_: _flops(weights, axes, value[-1]))
+count_flops(AV_TRANSPOSED, lambda weights, x, axes, *_: _flops(weights, axes, x[-1]))

@@ -42,27 +42,32 @@ class _AxisTable:
 
 
 @functools.lru_cache(maxsize=64)
+def _windows(axis: tuple[int, ...]) -> tuple[tuple[int, int, int, int], ...]:
+    """Numbers, and no tensors: what is made under a transform, or of fakes, must not outlive them."""
+    return tuple(_C.windows(axis))
+
+
 def _axis_table(axis: tuple[int, ...], slots: int | None) -> _AxisTable:
     """`slots`: None for as many as the widest window has keys."""
-    # On the CPU: a table is a few numbers per query of one axis. It outlives the transforms it is first asked for in.
-    with torch.inference_mode(mode=False), torch.no_grad(), torch._C._DisableFuncTorch():
-        rows = torch.tensor(_C.windows(axis), dtype=torch.int64, device="cpu").reshape(-1, 4)
-        group, begin, end, counted = rows.unbind(1)
-        dilation = axis[_DILATION]
-        tokens = axis[_QUERY_ORIGIN] + torch.arange(len(rows), device="cpu")
-        width = slots
-        if width is None:
-            width = int((end - begin).max()) if len(rows) else 0
-        keys = begin[:, None] + torch.arange(width, device="cpu")
-        present = keys < end[:, None]
-        bias = keys - (tokens // dilation)[:, None] + axis[_KERNEL_SIZE] - 1
-        keys = keys * dilation + group[:, None] - axis[_KEY_ORIGIN]
-        return _AxisTable(
-            keys=keys.where(present, 0),
-            present=present,
-            bias=bias.where(present, 0),
-            counted=counted,
-        )
+    windows = _windows(axis)
+    width = slots
+    if width is None:
+        width = max((end - begin for _, begin, end, _ in windows), default=0)
+    # On the CPU: a table is a few numbers per query of one axis.
+    rows = torch.tensor(windows, dtype=torch.int64, device="cpu").reshape(-1, 4)
+    group, begin, end, counted = rows.unbind(1)
+    dilation = axis[_DILATION]
+    tokens = axis[_QUERY_ORIGIN] + torch.arange(len(windows), device="cpu")
+    keys = begin[:, None] + torch.arange(width, device="cpu")
+    present = keys < end[:, None]
+    bias = keys - (tokens // dilation)[:, None] + axis[_KERNEL_SIZE] - 1
+    keys = keys * dilation + group[:, None] - axis[_KEY_ORIGIN]
+    return _AxisTable(
+        keys=keys.where(present, 0),
+        present=present,
+        bias=bias.where(present, 0),
+        counted=counted,
+    )
 
 
 @dataclass(frozen=True)
