@@ -9,13 +9,24 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=wo
 # Torch without CUDA, which is 200 MB instead of several GB; where it is out of reach, PyPI's.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-SOURCES := pyproject.toml CMakeLists.txt $(shell find include src python -name '*.[chp]*pp' -o -name '*.py*' -not -name '*.pyc')
+SOURCES := pyproject.toml CMakeLists.txt $(shell find include src python third_party -type f -not -name '*.pyc')
 CPP := $(shell find bench include src tests -name '*.[ch]pp')
 
-.PHONY: test demo bench lint format sanitize races aarch64 emulation emulation-sanitize emulation-races faults clean
+# A second environment, with the newest torch; the first has the oldest that is supported.
+NEWEST := $(VENV)-newest-torch
+# What has nothing to do with torch's version: kernels by themselves, builds, the benchmark.
+NOT_OF_TORCH := build_kernels cuda_build emulated kernels large bench bench_gpu bench_idle gpus on_gpu policies tiles types \
+                unfused_core unfused_policies window
+
+.PHONY: test test-newest-torch demo bench lint format sanitize races aarch64 emulation emulation-sanitize emulation-races faults clean
 
 test: $(VENV)/natten $(VENV)/test emulation
 	$(PYTEST) $(PYTEST_ARGS)
+
+# The tests that torch's version can matter to.
+test-newest-torch: $(NEWEST)/natten $(NEWEST)/tools
+	$(subst $(BIN)/,$(NEWEST)/bin/,$(PYTEST)) $(patsubst %,--ignore=tests/test_%.py,$(NOT_OF_TORCH)) --ignore=tests/emulation \
+	  $(PYTEST_ARGS)
 
 demo: $(VENV)/natten $(VENV)/demo
 	$(BIN)/python examples/denoise.py
@@ -27,6 +38,7 @@ lint: $(VENV)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: $(VENV)/lint
@@ -75,31 +87,55 @@ faults: $(VENV)/test emulation
 	NATTEN_FAULTS=all $(BIN)/python -m pytest tests/emulation/test_faults.py
 
 clean:
-	rm -rf build $(VENV)
+	rm -rf build $(VENV) $(NEWEST)
 
-$(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet pip==26.3
+# Packages are installed without the isolation of builds, which would put the tools elsewhere each time and so compile
+# everything anew: only what changed is.
+BUILD := $(BIN)/pip install --no-deps --no-build-isolation
 
-$(VENV)/torch: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install --quiet --no-deps --group torch --extra-index-url $(TORCH_INDEX)
-	$(BIN)/pip install --quiet --group torch
+$(BIN)/python $(NEWEST)/bin/python: %/bin/python:
+	$(PYTHON) -m venv $*
+	$@ -m pip install --quiet pip==26.3
+
+$(VENV)/torch $(NEWEST)/newest-torch: pyproject.toml
+$(VENV)/torch: | $(BIN)/python
+$(NEWEST)/newest-torch: | $(NEWEST)/bin/python
+$(VENV)/torch $(NEWEST)/newest-torch:
+	$(@D)/bin/pip install --quiet --no-deps --group $(@F) --extra-index-url $(TORCH_INDEX)
+	$(@D)/bin/pip install --quiet --group $(@F)
 	touch $@
 
-$(VENV)/test $(VENV)/demo $(VENV)/bench $(VENV)/lint $(VENV)/build: $(VENV)/%: pyproject.toml | $(VENV)/torch
+$(VENV)/test $(VENV)/demo $(VENV)/bench $(VENV)/lint: $(VENV)/%: pyproject.toml | $(VENV)/torch
 	$(BIN)/pip install --quiet --group $*
+	touch $@
+
+# The headers of CUTLASS without their dependencies, Python packages that they do not need.
+$(VENV)/build: pyproject.toml third_party/cutlass/requirement.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --group build
+	$(BIN)/pip install --quiet --no-deps -r third_party/cutlass/requirement.txt
 	touch $@
 
 $(VENV)/emulation: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --no-deps --group emulation
 	touch $@
 
-$(VENV)/natten: $(SOURCES) | $(VENV)/torch
-	$(BIN)/pip install --no-deps .
+$(NEWEST)/tools: pyproject.toml | $(NEWEST)/newest-torch
+	$(NEWEST)/bin/pip install --quiet --group tools
 	touch $@
 
-build/sanitized/natten/.stamp: $(SOURCES) | $(VENV)/torch
+$(VENV)/natten: $(SOURCES) | $(VENV)/torch $(VENV)/build
+	$(BUILD) .
+	touch $@
+
+# The same files: the package knows no torch when it is compiled.
+$(NEWEST)/natten: $(VENV)/natten | $(NEWEST)/newest-torch
+	rm -rf build/wheel
+	$(BIN)/pip wheel --no-deps --no-build-isolation --wheel-dir build/wheel .
+	$(NEWEST)/bin/pip install --no-deps --force-reinstall build/wheel/natten-*.whl
+	touch $@
+
+build/sanitized/natten/.stamp: $(SOURCES) | $(VENV)/torch $(VENV)/build
 	rm -rf build/sanitized
-	$(BIN)/pip install --no-deps --target build/sanitized --config-settings build-dir=build/sanitize \
+	$(BUILD) --target build/sanitized --config-settings build-dir=build/sanitize \
 	  --config-settings cmake.define.NATTEN_SANITIZE=address,undefined .
 	touch $@

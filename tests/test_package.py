@@ -104,6 +104,20 @@ def test_a_missing_core_is_explained():
     assert "pip install" in python(code)
 
 
+def test_import_without_metadata_of_a_distribution():
+    """As in a frozen program, or in a copy inside another package."""
+    code = (
+        "from importlib import metadata\n"
+        "def version(name):\n"
+        "    raise metadata.PackageNotFoundError(name)\n"
+        "import torch\n"
+        "metadata.version = metadata.distribution = version\n"
+        "import natten\n"
+        "print(natten.__version__)\n"
+    )
+    assert python(code).strip() == natten.__version__
+
+
 def test_info():
     result = subprocess.run(
         [sys.executable, "-W", "error", "-m", "natten.info"],

@@ -27,7 +27,7 @@ def build_kernels(
     """Compiles the rows of a kernel table into a library.
 
     Needs CMake 3.20, a CUDA toolkit (11.8 or later) and its host compiler. The headers of CUTLASS are those of the package
-    nvidia-cutlass, which is downloaded if it is not installed.
+    nvidia-cutlass, which must be installed; the error says how, if it is not.
 
     Args:
         table: A Python file with ``CUDA_ROWS``, like ``examples/kernel_table.py``.

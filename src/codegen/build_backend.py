@@ -42,7 +42,7 @@ def definition(name: str, config_settings: Settings) -> str:
     said = [f"{key}={value}" for key, value in (config_settings or {}).items()]
     said += [os.environ.get(each, "") for each in ("SKBUILD_CMAKE_DEFINE", "SKBUILD_CMAKE_ARGS")]
     said.append(os.environ.get("CMAKE_ARGS", ""))
-    match = re.search(rf"\b{name}(?::\w+)?=([^\s'\"\]]+)", "\n".join(said))
+    match = re.search(rf"(?:\b|-D){name}(?::\w+)?=([^\s'\"\]]+)", "\n".join(said))
     return match[1] if match else ""
 
 
