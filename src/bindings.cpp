@@ -356,6 +356,7 @@ void register_kernels(py::module_& module) {
              py::arg("num_threads"), py::arg("arch") = 0, py::arg("stream") = 0, py::arg("workspace") = 0);
   module.def("workspace_bytes", &workspace_bytes, py::arg("problem"), py::arg("op"), py::arg("kernel"),
              py::arg("arch") = 0);
+  module.def("has_code_for", &has_code_for, py::arg("arch"));
   module.def("load_kernels", &load_kernels, py::arg("path"));
   module.def("libraries", [] {
     py::list list;

@@ -27,7 +27,7 @@ std::int64_t workspace_bytes(Arguments const*, LaunchContext const*) {
 constexpr int kArchs[] = {80, 86};
 
 constexpr KernelInfo info(Op op, char const* name) {
-  KernelInfo kernel = {name, "fna", TEST_NAME, op, DType::kFloat32, 0, 80, 90, 64, 64, 32, kArchs, 2, {}, {}, {}};
+  KernelInfo kernel = {name, "fna", TEST_NAME, op, DType::kFloat32, 0, 80, 90, 64, 64, 32, kArchs, 2, 0, {}, {}, {}};
   if (op == Op::kForward) kernel.forward = {say<ForwardArguments>, nullptr};
   if (op == Op::kBackward) kernel.backward = {say<BackwardArguments>, workspace_bytes<BackwardArguments>};
   return kernel;

@@ -18,6 +18,7 @@ std::list<Kernel> const& kernels();
 struct LoadedLibrary {
   std::string path;
   cuda::Library const* contents;
+  int driver_version;  // asked for when it was loaded
 };
 std::list<LoadedLibrary> const& libraries();
 
@@ -27,5 +28,11 @@ void load_kernels(std::string const& path);
 
 // The code of a CUDA kernel; null if no library that is loaded, or comes with the package, has it.
 cuda::KernelInfo const* find_code(Kernel const& kernel);
+
+// Why the driver cannot run the code of a CUDA kernel, which there is; empty: it can.
+std::string trouble_with_driver(Kernel const& kernel);
+
+// Why the package's own library could not be loaded; empty: it was, or there is none.
+std::string error_of_own_library();
 
 }  // namespace natten

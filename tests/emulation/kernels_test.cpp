@@ -96,7 +96,7 @@ enum class Kind {
   kRandom,
   kUnattended,  // most keys are in no window, and most queries have none
   kLarge,  // logits of 1e8 and more
-  kMasked,  // logits of -3e8 beside ordinary ones, as a mask in a channel of query and key makes them
+  kMasked,  // logits of -2.5e6 beside ordinary ones, as a mask in a channel of query and key makes them
 };
 constexpr int kRandomProblems = 6;  // then one of each other kind, and so on
 
@@ -140,8 +140,8 @@ void make_large(Inputs& inputs, Problem const& problem, Kind kind) {
       return column == 0 ? number(place) % 64 : column == 1 ? number(place) / 64 : 0;
     });
   } else {
-    constexpr double kLarge = 32768;
-    inputs.query.fill([&](int const(&)[kMaxRank], int column) { return column == 0 ? kLarge : random_int(-3, 3); });
+    constexpr double kLarge = 32768, kQuery = 256;
+    inputs.query.fill([&](int const(&)[kMaxRank], int column) { return column == 0 ? kQuery : random_int(-3, 3); });
     inputs.key.fill([&](int const(&place)[kMaxRank], int column) -> double {
       if (column > 0) return random_int(-3, 3);
       return place[2] / problem.axes[2].dilation % 2 == 1 ? -kLarge : 0;
@@ -169,15 +169,14 @@ void check_fused(KernelInfo const& kernel, Problem const& problem, Kind kind, La
     results.output = wide.output.converted(problem.dtype);
     results.lse = wide.lse.converted(shapes.wide);
     wide.output = results.output.converted(DType::kFloat64);
-    wide.lse = results.lse.converted(DType::kFloat64);
     cpu::naive_backward<double>(backward_arguments(wide_problem, wide_inputs, wide_cotangents, wide));
     run(kernel.backward, backward_arguments(problem, inputs, cotangents, results), context);
   }
   compare_results(problem, results, wide, [&](char const* name, Array const& a, Array const& b) {
     std::string const what = name;
     if (kernel.op == Op::kForward && what != "output" && what != "lse") return;
-    if (kind == Kind::kLarge && (what == "d_query" || what == "d_key")) {
-      report.require_finite(name, a);  // rounding errors, times the scale
+    if ((kind == Kind::kLarge && what == "d_query") || (is_large && what == "d_key")) {
+      report.require_finite(name, a);  // rounding errors, times a large scale or query
     } else {
       report.compare(name, a, b);
     }
