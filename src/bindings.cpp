@@ -71,6 +71,11 @@ Op op_of(std::string const& name) { return static_cast<Op>(index_of(kOpNames, na
 struct PlannedProblem : Problem {
   TileShapes shapes_for(Side side, int own_tokens, int streamed_tokens) const {
     if (own_tokens == 0) return {};
+    if (!is_tile_size(own_tokens) || !is_tile_size(streamed_tokens)) {
+      throw std::invalid_argument("own = " + std::to_string(own_tokens) +
+                                  ", streamed = " + std::to_string(streamed_tokens) +
+                                  "; wanted powers of two, at most " + std::to_string(kMostTileTokens));
+    }
     std::lock_guard const lock(*mutex);
     auto const [entry, is_new] = shapes->try_emplace({static_cast<int>(side), own_tokens, streamed_tokens});
     if (is_new) {

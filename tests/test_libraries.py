@@ -352,6 +352,17 @@ def test_tile_shapes_that_are_not_compiled_in(probe):
 
 
 @pytest.mark.parametrize(
+    ("own", "streamed"), [(512, 64), (64, 1 << 20), (48, 64), (64, 0), (-64, 64)]
+)
+def test_tiles_that_no_kernel_can_have(own, streamed):
+    problem = _C.Problem("float32", flat_axes((64, 64)), 1, 1, 1, 48, 48, 0, False, 1.0)
+    with pytest.raises(ValueError, match=f"own = {own}, streamed = {streamed}; wanted powers of"):
+        problem.tile_shapes(False, own, streamed)
+    shapes = problem.tile_shapes(True, 256, 256)
+    assert [a * b for a, b in shapes] == [256, 256]
+
+
+@pytest.mark.parametrize(
     ("settings", "match"),
     [
         ({"q_tile_shape": (8, 8, 1)}, r"q_tile_shape = \(8, 8, 1\); wanted one value, or 2"),

@@ -2,9 +2,6 @@
 // Cutting an axis into tiles: exact counts of what a tile visits, and the choice of tile shapes by them.
 #pragma once
 
-#include <stdexcept>
-#include <string>
-
 #include "natten/problem.hpp"
 
 namespace natten {
@@ -140,12 +137,6 @@ NATTEN_INLINE SlidingCost sliding_cost(Problem const& problem, int lanes) {
 inline TileShapes choose_tile_shapes(Problem const& problem, Side side, int own, int streamed,
                                      TileShapes const& fixed = {{0, 0, 0}, {0, 0, 0}}) {
   constexpr int kMaxLog = 8;
-  for (int tokens : {own, streamed}) {
-    if (tokens < 1 || tokens > (1 << kMaxLog) || (tokens & (tokens - 1)) != 0) {
-      throw std::invalid_argument("a tile of " + std::to_string(tokens) +
-                                  " tokens; wanted a power of two, at most 256");
-    }
-  }
   constexpr int kSamples = 512;
   auto const log2 = [](int x) {
     int log = 0;

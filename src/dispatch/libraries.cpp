@@ -49,12 +49,10 @@ std::string trouble_with_kernel(cuda::KernelInfo const& kernel) {
     return "is of an unknown op";
   }
   if (kernel.num_archs < 0 || (kernel.num_archs > 0 && kernel.archs == nullptr)) return "has no architectures";
-  auto const is_size = [](int tokens) { return tokens >= 0 && tokens <= 256 && (tokens & (tokens - 1)) == 0; };
-  bool const has_tiles = kernel.own_tokens != 0 && kernel.streamed_tokens != 0;
-  if (!is_size(kernel.own_tokens) || !is_size(kernel.streamed_tokens) ||
-      has_tiles != (kernel.own_tokens != 0 || kernel.streamed_tokens != 0)) {
+  bool const has_tiles = kernel.own_tokens != 0 || kernel.streamed_tokens != 0;
+  if (has_tiles && !(is_tile_size(kernel.own_tokens) && is_tile_size(kernel.streamed_tokens))) {
     return "has tiles of " + std::to_string(kernel.own_tokens) + " and " + std::to_string(kernel.streamed_tokens) +
-           " tokens; wanted powers of two, at most 256";
+           " tokens; wanted powers of two, at most " + std::to_string(kMostTileTokens);
   }
   bool const has_entry = kernel.op == Op::kForward    ? kernel.forward.run != nullptr
                          : kernel.op == Op::kBackward ? kernel.backward.run != nullptr

@@ -10,6 +10,12 @@
 
 namespace natten {
 
+// Of a tile: what choose_tile_shapes knows. Powers of two.
+constexpr int kMostTileTokens = 256;
+constexpr bool is_tile_size(int tokens) {
+  return tokens > 0 && tokens <= kMostTileTokens && (tokens & (tokens - 1)) == 0;
+}
+
 // Every kernel there is, in order of preference: those of users' libraries (the last loaded first), then our own.
 // Elements stay where they are.
 std::list<Kernel> const& kernels();
