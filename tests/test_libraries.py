@@ -168,6 +168,34 @@ def test_the_driver(driver, reason, tmp_path):
     assert able == ("False False False False False" if reason else "False True True False False")
 
 
+IN_A_GRAPH = """
+import sys
+from types import SimpleNamespace
+import torch, natten
+from natten import _dispatch
+natten.load_kernels(sys.argv[1])
+_dispatch._HAS_CUDA = True
+for arch in (75, 80, 86, 90):
+    _dispatch._arch_of_device = lambda index, arch=arch: arch
+    _dispatch.has_code_for.cache_clear()
+    try:
+        print(arch, repr(_dispatch.select_in_graph(SimpleNamespace(device=torch.device("cuda", 0)), None)))
+    except NotImplementedError as error:
+        print(arch, "is left to eager calls")
+"""
+
+
+def test_graphs_take_in_what_eager_calls_would_run(tmp_path):
+    """Where no kernel was compiled for a GPU, a graph breaks, and FlexAttention or the reference run as they do eagerly."""
+    library = build(tmp_path / "libmine.so", name="mine", on_host=0)
+    command = (sys.executable, "-c", IN_A_GRAPH, str(library))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        *("75 is left to eager calls", "80 ''", "86 ''", "90 is left to eager calls")
+    ]
+
+
 BROKEN = """
 import sys
 from natten import _C

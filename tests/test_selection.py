@@ -168,7 +168,9 @@ def test_reasons(tf32):
     half, single = torch.float16, torch.float32
     sm80 = name_of("forward", half, "Sm80", 64)
     assert reasons_of(sm80, half, "sm_86") == ()
-    assert reasons_of(sm80, half, "sm_75") == ("is for SM80 to SM90, and the tensors are on SM75",)
+    assert reasons_of(sm80, half, "sm_75") == (
+        "is for SM80 and later, and the tensors are on SM75",
+    )
     assert reasons_of(sm80, single, "sm_86", 128) == (
         "computes float16, and the problem is float32",
         "handles head dims up to 64, and the problem has 128",
