@@ -94,8 +94,8 @@ void run(cuda::Entry<Arguments> const& entry, Arguments const& arguments, Launch
 // What problems are about, besides those that are random altogether.
 enum class Kind {
   kRandom,
-  kUnattended,  // most keys are in no window, and most queries have none
-  kLarge,  // logits of 1e8 and more
+  kUnattended,  // two of three dilation groups of the keys have no queries
+  kLarge,  // logits of 1e9 and more: half a unit in the last place of the largest is more than exp2 has exponents
   kMasked,  // logits of -2.5e6 beside ordinary ones, as a mask in a channel of query and key makes them
 };
 constexpr int kRandomProblems = 6;  // then one of each other kind, and so on
@@ -121,11 +121,14 @@ Problem make_problem(KernelInfo const& kernel, Kind kind) {
       axis.extent = axis.query_extent = axis.key_extent = 7;
       axis.kernel_size = a == 1 ? 3 : 2;
       axis.dilation = a == 1 ? 3 : 1;
+      Interval const queries = axis.valid_queries();
+      axis.query_origin = queries.begin;
+      axis.query_extent = queries.size();
     }
     return problem;
   }
   problem.has_rpb = false;  // whose gradient would be a difference of large numbers
-  problem.scale = kind == Kind::kLarge ? 0.3f * (1 << 22) : 0.3f;
+  problem.scale = kind == Kind::kLarge ? 0.3f * float(std::int64_t{1} << 32) : 0.3f;
   return problem;
 }
 
