@@ -71,6 +71,11 @@ Op op_of(std::string const& name) { return static_cast<Op>(index_of(kOpNames, na
 struct PlannedProblem : Problem {
   TileShapes shapes_for(Side side, int own_tokens, int streamed_tokens) const {
     if (own_tokens == 0) return {};
+    if (!is_tile_size(own_tokens) || !is_tile_size(streamed_tokens)) {
+      throw std::invalid_argument("own = " + std::to_string(own_tokens) +
+                                  ", streamed = " + std::to_string(streamed_tokens) +
+                                  "; wanted powers of two, at most " + std::to_string(kMostTileTokens));
+    }
     std::lock_guard const lock(*mutex);
     auto const [entry, is_new] = shapes->try_emplace({static_cast<int>(side), own_tokens, streamed_tokens});
     if (is_new) {
@@ -357,6 +362,7 @@ void register_kernels(py::module_& module) {
              py::arg("num_threads"), py::arg("arch") = 0, py::arg("stream") = 0, py::arg("workspace") = 0);
   module.def("workspace_bytes", &workspace_bytes, py::arg("problem"), py::arg("op"), py::arg("kernel"),
              py::arg("arch") = 0);
+  module.def("has_code_for", &has_code_for, py::arg("arch"));
   module.def("load_kernels", &load_kernels, py::arg("path"));
   module.def("libraries", [] {
     py::list list;

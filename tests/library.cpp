@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // A library of kernels that compute nothing, for tests of loading, dispatch and launches: they fail, and their message is
-// what they were launched with. Compiled by tests/test_libraries.py, which defines TEST_NAME, TEST_ON_HOST and TEST_ABI.
+// what they were launched with. Compiled by tests/test_libraries.py, which defines TEST_NAME, TEST_ON_HOST,
+// TEST_ABI, the CUDA that the driver supports (TEST_DRIVER), and what is wrong with the table (TEST_FAULT), if anything is.
 #include <cstdio>
 
 #include "natten/cuda/library.hpp"
@@ -26,19 +27,30 @@ std::int64_t workspace_bytes(Arguments const*, LaunchContext const*) {
 
 constexpr int kArchs[] = {80, 86};
 
+enum Fault { kNone, kNoTable, kNoKernels, kNoName, kNoEntry, kHugeTiles, kNoArchs };
+constexpr Fault kFault = TEST_FAULT;
+
+int driver_version() { return TEST_DRIVER; }
+
 constexpr KernelInfo info(Op op, char const* name) {
-  KernelInfo kernel = {name, "fna", TEST_NAME, op, DType::kFloat32, 0, 80, 90, 64, 64, 32, kArchs, 2, {}, {}, {}};
+  KernelInfo kernel = {name, "fna", TEST_NAME, op, DType::kFloat32, 0, 80, 90, 64, 64, 32, kArchs, 2, 0, {}, {}, {}};
   if (op == Op::kForward) kernel.forward = {say<ForwardArguments>, nullptr};
   if (op == Op::kBackward) kernel.backward = {say<BackwardArguments>, workspace_bytes<BackwardArguments>};
+  if (kFault == kNoName) kernel.name = nullptr;
+  if (kFault == kNoEntry) kernel.forward = {};
+  if (kFault == kHugeTiles) kernel.own_tokens = 4096;
+  if (kFault == kNoArchs) kernel.archs = nullptr;
   return kernel;
 }
 
 KernelInfo const kKernels[] = {info(Op::kForward, TEST_NAME "_forward"), info(Op::kBackward, TEST_NAME "_backward")};
-Library const kLibrary = {TEST_ABI, sizeof(BackwardArguments), 2, kKernels, "no toolkit", TEST_ON_HOST};
+Library const kLibrary = {
+    TEST_ABI, sizeof(BackwardArguments), 2, kFault == kNoKernels ? nullptr : kKernels, "no toolkit", 13000,
+    driver_version, TEST_ON_HOST};
 
 }  // namespace
 }  // namespace natten::cuda
 
 extern "C" __attribute__((visibility("default"))) natten::cuda::Library const* NATTEN_CUDA_LIBRARY() {
-  return &natten::cuda::kLibrary;
+  return natten::cuda::kFault == natten::cuda::kNoTable ? nullptr : &natten::cuda::kLibrary;
 }

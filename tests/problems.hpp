@@ -95,6 +95,23 @@ class Array {
     return worst;
   }
 
+  // element(place on each axis, column)
+  template <class Element>
+  void fill(Element const& element) {
+    with_type(dtype_, ref_.data, [&](auto* elements) {
+      using Storage = std::remove_pointer_t<decltype(elements)>;
+      for (std::size_t i = 0; i < size_; ++i) {
+        std::int64_t rest = static_cast<std::int64_t>(i) % ref_.stride_batch;
+        int place[kMaxRank];
+        for (int a = 0; a < kMaxRank; ++a) {
+          place[a] = static_cast<int>(rest / ref_.stride_axis[a]);
+          rest %= ref_.stride_axis[a];
+        }
+        elements[i] = cpu::from_float<Storage>(element(place, static_cast<int>(rest % ref_.stride_head)));
+      }
+    });
+  }
+
   double at(std::size_t i) const {
     return with_type(dtype_, ref_.data, [&](auto* elements) -> double { return cpu::to_float(elements[i]); });
   }

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,9 +23,17 @@ ROOT = Path(__file__).parents[1]
 CURRENT = "natten::cuda::kAbiVersion"
 
 
-def build(path: Path, name: str = "probe", on_host: int = 1, abi: str = CURRENT) -> Path:
+def build(
+    path: Path,
+    name: str = "probe",
+    on_host: int = 1,
+    abi: str = CURRENT,
+    driver: int = 13000,
+    fault: str = "kNone",
+) -> Path:
     """The library with kernels of this name, compiled to `path`."""
     defined = {"TEST_NAME": f'"{name}"', "TEST_ON_HOST": on_host, "TEST_ABI": abi}
+    defined |= {"TEST_DRIVER": driver, "TEST_FAULT": fault}
     command = (
         os.environ.get("CXX", "g++"),
         *("-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", f"-I{ROOT / 'include'}"),
@@ -66,6 +75,51 @@ def test_a_library_of_something_else(tmp_path):
         natten.load_kernels(library)
 
 
+@pytest.mark.parametrize(
+    ("fault", "match"),
+    [
+        ("kNoTable", "its function natten_cuda_library returns no table"),
+        ("kNoKernels", "its table of 2 kernels is not there"),
+        ("kNoName", "its kernel 0 has no name"),
+        ("kNoEntry", "its kernel 0 has no entry point for its op"),
+        ("kHugeTiles", "its kernel 0 has tiles of 4096 and 32 tokens; wanted powers of two"),
+        ("kNoArchs", "its kernel 0 has no architectures"),
+    ],
+)
+def test_a_table_that_is_wrong(fault, match, tmp_path):
+    with pytest.raises(ValueError, match=match):
+        natten.load_kernels(build(tmp_path / "libwrong.so", name="wrong", fault=fault))
+
+
+def test_data_for_a_function(tmp_path):
+    (tmp_path / "data.cpp").write_text('extern "C" { long natten_cuda_library = 42; }')
+    library = tmp_path / "libdata.so"
+    compiler = os.environ.get("CXX", "g++")
+    command = (compiler, "-shared", "-fPIC", str(tmp_path / "data.cpp"), "-o", str(library))
+    subprocess.run(command, check=True)
+    with pytest.raises(ValueError, match="its symbol natten_cuda_library is no function"):
+        natten.load_kernels(library)
+
+
+def test_files_that_are_no_whole_library(tmp_path):
+    """None of them is given to the dynamic loader, which would hang, or run into what is not there."""
+    whole = build(tmp_path / "libwhole.so", name="whole").read_bytes()
+    broken = tmp_path / "libbroken.so"
+    for size in (*range(0, 64, 9), *range(64, len(whole), len(whole) // 23)):
+        broken.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"truncated: \d+ bytes|no 64-bit shared library"):
+            natten.load_kernels(broken)
+    machine = 18  # e_machine
+    broken.write_bytes(whole[:machine] + b"\xf7\x00" + whole[machine + 2 :])
+    with pytest.raises(ValueError, match=r"for another machine \(ELF machine 247"):
+        natten.load_kernels(broken)
+    os.mkfifo(tmp_path / "pipe.so")
+    with pytest.raises(ValueError, match="it is no regular file"):
+        natten.load_kernels(tmp_path / "pipe.so")
+    with pytest.raises(ValueError, match="it is no regular file"):
+        natten.load_kernels(tmp_path)
+
+
 def test_another_version(tmp_path):
     library = build(tmp_path / "libold.so", abi=f"{CURRENT}-1")
     with pytest.raises(ValueError, match=r"interface \d+ .*; build it again with this version's"):
@@ -81,6 +135,102 @@ def test_names_that_are_taken(tmp_path, probe):
 
 
 # What is run ---------------------------------------------------------------------------------------------------------
+
+DRIVER = """
+import sys
+from natten import _C
+_C.load_kernels(sys.argv[1])
+rows = _C.candidates(_C.Problem("float32", 2 * (8, 3, 1, 1, 0, 0, 0, 0, 8, 0, 8), 1, 1, 1, 48, 48, 0, False, 1.0),
+                     "forward", "fna", "", 86)
+print(*next(reasons for kernel, reasons in rows if kernel.name == "mine_forward"))
+print(*(_C.has_code_for(arch) for arch in (75, 80, 89, 90, 120)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("driver", "reason"),
+    [
+        (12090, "and the GPU's driver supports CUDA 12.9 at most"),
+        (0, "and the GPU's driver was not found"),
+        (13000, ""),
+        (14010, ""),
+    ],
+)
+def test_the_driver(driver, reason, tmp_path):
+    """A driver older than the library's runtime is a reason, found when the library is loaded."""
+    library = build(tmp_path / "libmine.so", name="mine", on_host=0, driver=driver)
+    command = (sys.executable, "-c", DRIVER, str(library))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said, able = done.stdout.splitlines()
+    assert reason in said
+    assert bool(said) == bool(reason)
+    assert able == ("False False False False False" if reason else "False True True False False")
+
+
+IN_A_GRAPH = """
+import sys
+from types import SimpleNamespace
+import torch, natten
+from natten import _dispatch
+natten.load_kernels(sys.argv[1])
+_dispatch._HAS_CUDA = True
+for arch in (75, 80, 86, 90):
+    _dispatch._arch_of_device = lambda index, arch=arch: arch
+    _dispatch.has_code_for.cache_clear()
+    try:
+        print(arch, repr(_dispatch.select_in_graph(SimpleNamespace(device=torch.device("cuda", 0)), None)))
+    except NotImplementedError as error:
+        print(arch, "is left to eager calls")
+"""
+
+
+def test_graphs_take_in_what_eager_calls_would_run(tmp_path):
+    """Where no kernel was compiled for a GPU, a graph breaks, and FlexAttention or the reference run as they do eagerly."""
+    library = build(tmp_path / "libmine.so", name="mine", on_host=0)
+    command = (sys.executable, "-c", IN_A_GRAPH, str(library))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        *("75 is left to eager calls", "80 ''", "86 ''", "90 is left to eager calls")
+    ]
+
+
+BROKEN = """
+import sys
+from natten import _C
+rows = _C.candidates(_C.Problem("float16", 2 * (8, 3, 1, 1, 0, 0, 0, 0, 8, 0, 8), 1, 1, 1, 48, 48, 0, False, 1.0),
+                     "forward", "fna", "", 86)
+print(*next(reasons for kernel, reasons in rows if "sm80" in kernel.name))
+"""
+
+
+def test_a_library_of_the_package_that_cannot_be_loaded(tmp_path):
+    """What the dynamic loader says is the reason, not that there is no such library."""
+    folder = tmp_path / "natten"
+    shutil.copytree(
+        Path(natten.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__")
+    )
+    shutil.copy(_C.__file__, folder)
+    (tmp_path / "bad.cpp").write_text(
+        "void missing_function(); void* pointer = (void*)missing_function;"
+    )
+    compiler = os.environ.get("CXX", "g++")
+    source, library = str(tmp_path / "bad.cpp"), str(folder / "libnatten_cuda.so")
+    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", library], check=True)
+    loader = "import importlib.util, sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        (sys.executable, "-c", loader + BROKEN),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "is in a library that cannot be loaded" in done.stdout
+    assert "missing_function" in done.stdout
+
 
 IN_A_PROCESS_OF_ITS_OWN = """
 import sys, torch, natten
@@ -227,6 +377,17 @@ def test_tile_shapes_that_are_not_compiled_in(probe):
         ValueError, match=r"^backward_q_tile_shape, .* probe_backward has 64 or 32$"
     ):
         natten.na2d(x, x, x, 3, backend=probe, **tiles)
+
+
+@pytest.mark.parametrize(
+    ("own", "streamed"), [(512, 64), (64, 1 << 20), (48, 64), (64, 0), (-64, 64)]
+)
+def test_tiles_that_no_kernel_can_have(own, streamed):
+    problem = _C.Problem("float32", flat_axes((64, 64)), 1, 1, 1, 48, 48, 0, False, 1.0)
+    with pytest.raises(ValueError, match=f"own = {own}, streamed = {streamed}; wanted powers of"):
+        problem.tile_shapes(False, own, streamed)
+    shapes = problem.tile_shapes(True, 256, 256)
+    assert [a * b for a, b in shapes] == [256, 256]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -19,9 +20,11 @@ PROGRAMS = {
 case "$*" in
   *"-m bench"*--load*) echo "| a table |" ;;
   *"-m bench"*) echo '{}' > "$(dirname "$CALLS")/report/bench.json" ;;
+  *natten._C*) echo "$(dirname "$CALLS")/installed/_C.so" ;;
   -c*) echo "Python 3.12, torch 2.11" ;;
   *"-m pytest"*) echo "3 passed | in 1 s" ;;
 esac
+case "$*" in *$HANGS*) exec sleep 60 ;; esac
 case "$*" in *$FAILS*) exit 1 ;; esac
 """,
 }
@@ -44,6 +47,7 @@ def run(tmp_path):
             "CALLS": str(tmp_path / "calls"),
             "OUT": str(tmp_path / "report"),
             "FAILS": fails,
+            "HANGS": "nothing",
             **variables,
         }
         command = [str(ROOT / "bench" / "on_gpu.sh"), *arguments]
@@ -62,16 +66,17 @@ def test_all_stages(run, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "- Some GPU, 8.6, 580.1" in report
-    stages = ("build", "test", "memcheck", "racecheck", "bench")
+    stages = ("build", "smoke", "bench", "test", "memcheck", "racecheck")
     rows = [
         line for line in report.splitlines() if line.startswith(tuple(f"| {s} " for s in stages))
     ]
-    assert [row.split(" | ")[1] for row in rows] == ["passed"] * 5
+    assert [row.split(" | ")[:2] for row in rows] == [[f"| {stage}", "passed"] for stage in stages]
     assert "| 3 passed / in 1 s |" in rows[1]
     assert report.endswith("| a table |\n")
     assert f"python -m pip install --no-deps {tmp_path}/wheels/x.whl" in calls
     assert "cmake.define.NATTEN_CUDA=ON" in calls
     assert "cmake.define.NATTEN_CUDA_ARCHS=86 " in calls
+    assert calls.index("-m bench") < calls.index("-k rank2") < calls.index("--tool memcheck")
     assert "cmake.define.NATTEN_CUDA_ALL_POLICIES=ON" in calls
     assert "python -m pytest --device cuda --quiet -p no:cacheprovider -k rank2\n" in calls
     for tool in ("memcheck", "racecheck"):
@@ -93,7 +98,7 @@ def test_failures(run):
     assert done.returncode == 1
     assert "| build | passed |" in report
     assert "| test | FAILED |" in report
-    assert "| bench | passed |" in report  # the next ones run all the same
+    assert "| memcheck | FAILED |" in report  # the next ones run all the same
     done, report, _ = run(fails="--no-build-isolation")
     assert done.returncode == 1
     assert "| build | FAILED |" in report
@@ -101,3 +106,38 @@ def test_failures(run):
     done, report, _ = run("tset")
     assert done.returncode == 1
     assert "no stage is called tset" in done.stdout
+
+
+def test_a_library_that_was_built_beforehand(run, tmp_path):
+    """Nothing of CUDA is compiled, and the library comes to lie beside the package."""
+    (tmp_path / "installed").mkdir()
+    library = tmp_path / "built.so"
+    library.write_text("kernels")
+    done, report, calls = run("--library", str(library))
+    assert done.returncode == 0, done.stderr
+    assert "cmake.define.NATTEN_CUDA=OFF" in calls
+    assert "NATTEN_CUDA_ARCHS" not in calls
+    assert "nvcc" not in calls
+    assert "- kernels: built.so, SHA-256 " in report
+    assert (tmp_path / "installed" / "libnatten_cuda.so").read_text() == "kernels"
+    assert "| racecheck | passed |" in report
+
+
+def test_a_stage_that_takes_too_long(run):
+    done, report, _ = run("smoke", "bench", HANGS="-m pytest", LIMIT_SMOKE="1")
+    assert done.returncode == 1
+    assert "| smoke | OUT OF TIME | 1 |" in report or "| smoke | OUT OF TIME | 2 |" in report
+    assert "| bench | passed |" in report
+
+
+def test_limits_fit_a_quarter_of_an_hour():
+    """With a library built beforehand; what the head of the script says of them is what it does."""
+    text = (ROOT / "bench" / "on_gpu.sh").read_text()
+    limits = {
+        stage: int(n) for stage, n in re.findall(r"\$\{LIMIT_(\w+):-(\d+)\}", text) if n != "1800"
+    }
+    assert sum(limits.values()) <= 14.5 * 60
+    for stage, seconds in limits.items():
+        assert re.search(rf"LIMIT_{stage}\s*(#\s*)?\((1800, with --library )?{seconds}\)", text), (
+            stage
+        )

@@ -73,6 +73,7 @@ def candidates(
     is not there.
     """
 
+def has_code_for(arch: int) -> bool: ...
 def load_kernels(path: str) -> None:
     """Loads a library of CUDA kernels, which come before those there are. ValueError if it is none, or of another version."""
 

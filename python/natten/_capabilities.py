@@ -92,7 +92,7 @@ def _runs(
 
 def has_cuda() -> bool:
     """Whether there are CUDA kernels, and an NVIDIA GPU to run them."""
-    return _dispatch.has_cuda_kernels() and compute_capability() is not None
+    return compute_capability() is not None and _dispatch.has_code_for(None)
 
 
 def has_fna(device: Device = None) -> bool:

@@ -231,7 +231,7 @@ def load_kernels(path: str | os.PathLike[str]) -> None:
     """
     _C.load_kernels(os.fspath(path))
     _policies.cache_clear()
-    has_cuda_kernels.cache_clear()
+    has_code_for.cache_clear()
     forget_choices()
 
 
@@ -399,7 +399,8 @@ def select_in_graph(problem: Problem, backend: str | None) -> str:
     The choice among compiled kernels is left to the moment the graph runs: it may be on another machine.
     FlexAttention is no op of ours, and its mask no part of a graph: such calls break the graph, and run outside it.
     """
-    if problem.device.type in ("cpu", "meta") or has_cuda_kernels():
+    device = problem.device
+    if device.type in ("cpu", "meta") or (device.type == "cuda" and has_code_for(device.index)):
         name = IN_FORCE if backend is None else canonical(backend)
         if name != "flex":
             return name
@@ -415,13 +416,14 @@ def select_in_graph(problem: Problem, backend: str | None) -> str:
 
 
 @lru_cache
-def has_cuda_kernels() -> bool:
-    """Whether a library of CUDA kernels came with the package, or was loaded."""
-    return _HAS_CUDA and bool(_C.libraries())
+def has_code_for(index: int | None) -> bool:
+    """Whether there are CUDA kernels for this GPU's architecture, and a driver that runs them."""
+    arch = arch_of(torch.device("cuda") if index is None else torch.device("cuda", index))
+    return arch is not None and _C.has_code_for(arch)
 
 
 # For torch.compile, which cannot trace into the core.
-has_cuda_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+has_code_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache

@@ -64,7 +64,8 @@ def _row(kernel: _C.Kernel, written_for: str) -> str:
 
 def _archs(kernel: _C.Kernel) -> str:
     compiled = ", ".join(f"SM{arch}" for arch in kernel.archs)
-    return f"SM{kernel.min_arch} to SM{kernel.max_arch}, compiled for {compiled}"
+    end = " and later" if kernel.max_arch == 2**31 - 1 else f" to SM{kernel.max_arch}"
+    return f"SM{kernel.min_arch}{end}, compiled for {compiled}"
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from table import (
     ANY_ARCH,
+    ANY_LATER,
     BASELINE,
     CUDA_ROWS,
     ENTRIES,
@@ -42,6 +43,11 @@ CUDA_STORAGE = {
 }
 
 
+# Tokens of a tile: what the choice of tile shapes knows (tiling.hpp), and the bits of a mask (collective/walk.hpp).
+MOST_OWN = 256
+MOST_STREAMED = 64
+
+
 def enumerator(op: str) -> str:
     """Of natten::Op."""
     return "Op::k" + op.title().replace("_", "")
@@ -65,9 +71,17 @@ def check(rows: tuple[Row, ...], cuda_rows: tuple[CudaRow, ...]) -> None:
             msg = f"malformed row of the kernel table: {each}"
             raise ValueError(msg)
     for cuda_row in cuda_rows:
+        if cuda_row.policy is ANY_ARCH:
+            continue
         sizes = (cuda_row.own, cuda_row.streamed, cuda_row.stages)
-        if cuda_row.policy is not ANY_ARCH and any(size < 1 or size & (size - 1) for size in sizes):
+        if any(size < 1 or size & (size - 1) for size in sizes):
             msg = f"{cuda_row.name}: own, streamed and stages must be powers of two, not {sizes}"
+            raise ValueError(msg)
+        if cuda_row.own > MOST_OWN or cuda_row.streamed > MOST_STREAMED:
+            msg = (
+                f"{cuda_row.name}: own = {cuda_row.own}, streamed = {cuda_row.streamed}; wanted at most {MOST_OWN} "
+                f"and {MOST_STREAMED} (a row's mask of a streamed tile is a word of {MOST_STREAMED} bits)"
+            )
             raise ValueError(msg)
     for row in rows:
         if row.isa is not BASELINE and row.isa not in ISAS:
@@ -196,7 +210,12 @@ def compiled_archs(row: CudaRow, archs: list[int], *, all_policies: bool) -> lis
     return [arch for arch in archs if row.policy.min_arch <= arch <= last]
 
 
-def cuda_library(rows: list[tuple[CudaRow, list[int]]], *, on_host: bool) -> str:
+def ptx_arch(row: CudaRow, archs: list[int], newest: int) -> int:
+    """The architecture that a row is compiled to PTX of, for GPUs still to come; 0: of none."""
+    return newest if row.policy.max_arch == ANY_LATER and newest in archs else 0
+
+
+def cuda_library(rows: list[tuple[CudaRow, list[int]]], newest: int, *, on_host: bool) -> str:
     """The file that lists a library's rows for whoever loads it."""
     declarations, kernels = [], []
     for row, archs in rows:
@@ -216,12 +235,19 @@ def cuda_library(rows: list[tuple[CudaRow, list[int]]], *, on_host: bool) -> str
             f'    {{"{name}", "{row.backend}", "{row.policy.id}", {enumerator(row.op)}, '
             f"DType::{STORAGE[row.dtype][1]}, {int(row.policy.is_tf32)}, {row.policy.min_arch}, "
             f"{row.policy.max_arch}, {row.max_head_dim}, {row.own}, {row.streamed}, {row.name}_archs, {len(archs)}, "
+            f"{ptx_arch(row, archs, newest)}, "
             f"{entries(row.op, f'{{&{row.name}, {workspace}}}', '{}')}}},"
         )
     newline = "\n"
     toolkit = '"emulation on the CPU"' if on_host else "NATTEN_CUDA_TOOLKIT"
+    include = "" if on_host else "#include <cuda_runtime_api.h>\n\n"
+    versions = "0, nullptr" if on_host else "CUDART_VERSION, &natten::cuda::driver_version"
+    if not on_host:
+        declarations.append(
+            "int driver_version() { int version = 0; return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0; }"
+        )
     return f"""\
-#include "natten/cuda/library.hpp"
+{include}#include "natten/cuda/library.hpp"
 
 namespace natten::cuda {{
 
@@ -236,28 +262,34 @@ constexpr KernelInfo kKernels[] = {{
 extern "C" __attribute__((visibility("default"))) natten::cuda::Library const* NATTEN_CUDA_LIBRARY() {{
   static natten::cuda::Library const library = {{
       natten::cuda::kAbiVersion, sizeof(natten::BackwardArguments), {len(rows)}, natten::cuda::kKernels,
-      {toolkit}, {int(on_host)}}};
+      {toolkit}, {versions}, {int(on_host)}}};
   return &library;
 }}
 """
 
 
 def write_cuda(output: Path, rows: list[tuple[CudaRow, list[int]]], *, on_host: bool) -> None:
-    """Writes the files of a library of CUDA kernels, and for CMake their names and the architectures of each."""
+    """Writes the files of a library of CUDA kernels, and for CMake their names and the targets of each.
+
+    Rows share a file that are of one unit and for the same architectures.
+    """
     output.mkdir(parents=True, exist_ok=True)
-    units: dict[str, list[CudaRow]] = {}
-    archs_of: dict[str, list[int]] = {}
+    newest = max((arch for _, archs in rows for arch in archs), default=0)
+    files: dict[str, list[CudaRow]] = {}
+    targets: dict[str, list[str]] = {}
     for row, archs in rows:
-        units.setdefault(row.unit, []).append(row)
-        archs_of[row.unit] = archs  # a policy's, or all
-    for unit, unit_rows in units.items():
-        write_if_different(output / f"{unit}.cu", cuda_unit(unit_rows))
-    write_if_different(output / "library_table.cpp", cuda_library(rows, on_host=on_host))
-    lines = [f"set(NATTEN_CUDA_UNITS {' '.join(units)})"]
-    lines += [
-        f"set(NATTEN_CUDA_ARCHS_{unit} {' '.join(map(str, archs))})"
-        for unit, archs in archs_of.items()
-    ]
+        ptx = ptx_arch(row, archs, newest)
+        of_row = [f"{arch}-real" for arch in archs] + ([f"{ptx}-virtual"] if ptx else [])
+        file, count = row.unit, 1
+        while targets.setdefault(file, of_row) != of_row:
+            count += 1
+            file = f"{row.unit}_{count}"
+        files.setdefault(file, []).append(row)
+    for file, file_rows in files.items():
+        write_if_different(output / f"{file}.cu", cuda_unit(file_rows))
+    write_if_different(output / "library_table.cpp", cuda_library(rows, newest, on_host=on_host))
+    lines = [f"set(NATTEN_CUDA_UNITS {' '.join(files)})"]
+    lines += [f"set(NATTEN_CUDA_TARGETS_{file} {' '.join(of)})" for file, of in targets.items()]
     write_if_different(output / "cuda_sources.cmake", "\n".join([*lines, ""]))
 
 

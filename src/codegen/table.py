@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 
 ANY_HEAD_DIM = 2**31 - 1
+ANY_LATER = 2**31 - 1  # architecture: there is no newer one that prefers another policy
 
 
 @dataclass(frozen=True)
@@ -156,16 +157,16 @@ class Policy:
     is_tf32: bool = False
 
 
-SM80 = Policy("Sm80", "sm80", 80, 90)
-SM80_TF32 = Policy("Sm80Tf32", "sm80", 80, 90, is_tf32=True)
-SM80_SIMT = Policy("Sm80Simt", "sm80", 80, 90)
+SM80 = Policy("Sm80", "sm80", 80, ANY_LATER)
+SM80_TF32 = Policy("Sm80Tf32", "sm80", 80, ANY_LATER, is_tf32=True)
+SM80_SIMT = Policy("Sm80Simt", "sm80", 80, ANY_LATER)
 SM75 = Policy("Sm75", "sm75", 75, 79)
 SM70 = Policy("Sm70", "sm70", 70, 74)
 SM50 = Policy("Sm50", "sm50", 50, 79)
 # float16 has tensor cores from SM70 on.
 SM50_F16 = Policy("Sm50", "sm50", 50, 69)
 # Any architecture: the naive kernels have no policy.
-ANY_ARCH = Policy("naive", "", 50, 90)
+ANY_ARCH = Policy("naive", "", 50, ANY_LATER)
 
 
 @dataclass(frozen=True)
@@ -197,9 +198,8 @@ class CudaRow:
         """The file that it is compiled in: with all rows of the same tiles, whose products are the same templates."""
         if self.policy is ANY_ARCH:
             return f"{self.dtype}_cuda"
-        return (
-            f"{self.dtype}_{self.policy.id.lower()}_d{self.max_head_dim}_{self.own}x{self.streamed}"
-        )
+        tile = f"{self.own}x{self.streamed}" + (f"x{self.stages}" if self.stages != 2 else "")
+        return f"{self.dtype}_{self.policy.id.lower()}_d{self.max_head_dim}_{tile}"
 
     @property
     def name(self) -> str:

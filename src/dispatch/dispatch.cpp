@@ -110,9 +110,10 @@ namespace {
 
 std::string arch_name(int arch) { return arch == 0 ? "the CPU" : "SM" + std::to_string(arch); }
 
-// A binary for one architecture runs on later ones of the same generation.
+// A binary for one architecture runs on later ones of the same generation, PTX on all later ones.
 bool runs_on(cuda::KernelInfo const& code, int arch) {
-  return std::any_of(code.archs, code.archs + code.num_archs,
+  return (code.ptx_arch != 0 && code.ptx_arch <= arch) ||
+         std::any_of(code.archs, code.archs + code.num_archs,
                      [&](int compiled) { return compiled / 10 == arch / 10 && compiled <= arch; });
 }
 
@@ -138,8 +139,8 @@ void cuda_reasons(Kernel const& kernel, Problem const& problem, Device const& de
     return;
   }
   if (device.arch < traits.min_arch || (!is_named && device.arch > traits.max_arch)) {
-    why.push_back("is for " + arch_name(traits.min_arch) + " to " + arch_name(traits.max_arch) +
-                  ", and the tensors are on " + arch_name(device.arch));
+    std::string const end = traits.max_arch == cuda::kAnyLater ? " and later" : " to " + arch_name(traits.max_arch);
+    why.push_back("is for " + arch_name(traits.min_arch) + end + ", and the tensors are on " + arch_name(device.arch));
   }
   if (traits.is_tf32 && !problem.allow_tf32 && !is_named) {
     why.push_back("rounds to TF32, which torch.backends.cuda.matmul does not allow");
@@ -147,15 +148,28 @@ void cuda_reasons(Kernel const& kernel, Problem const& problem, Device const& de
   if (device.is_pretended) return;
   cuda::KernelInfo const* const code = find_code(kernel);
   if (code == nullptr) {
-    why.push_back("is not in this build of natten (NATTEN_CUDA, NATTEN_CUDA_ARCHS)");
+    std::string const error = error_of_own_library();
+    why.push_back(error.empty() ? "is not in this build of natten (NATTEN_CUDA, NATTEN_CUDA_ARCHS)"
+                                : "is in a library that cannot be loaded: " + error);
   } else if (!runs_on(*code, device.arch)) {
     std::string archs;
     for (int i = 0; i < code->num_archs; ++i) archs += (i > 0 ? ", " : "") + arch_name(code->archs[i]);
     why.push_back("is compiled for " + archs + ", and the tensors are on " + arch_name(device.arch));
+  } else if (std::string const trouble = trouble_with_driver(kernel); !trouble.empty()) {
+    why.push_back(trouble);
   }
 }
 
 }  // namespace
+
+bool has_code_for(int arch) {
+  auto const& table = kernels();
+  return std::any_of(table.begin(), table.end(), [&](Kernel const& kernel) {
+    if (!kernel.cuda.is_cuda || kernel.cuda.is_emulated) return false;
+    cuda::KernelInfo const* const code = find_code(kernel);
+    return code != nullptr && runs_on(*code, arch) && trouble_with_driver(kernel).empty();
+  });
+}
 
 std::vector<std::string> reasons(Kernel const& kernel, Problem const& problem, Device const& device, bool is_named) {
   std::vector<std::string> why;

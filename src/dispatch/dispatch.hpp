@@ -33,6 +33,9 @@ struct Device {
   std::string isa;           // of the CPU, in force
 };
 
+// Whether any CUDA kernel could be launched on GPUs of this architecture.
+bool has_code_for(int arch);
+
 // Why `kernel` cannot run `problem` on `device`, as sentences; empty: it can. A kernel that was named may be of another
 // ISA than the one in force, and of an older architecture than it would be chosen on.
 std::vector<std::string> reasons(Kernel const& kernel, Problem const& problem, Device const& device, bool is_named);

@@ -2,12 +2,15 @@
 #include "dispatch/libraries.hpp"
 
 #include <dlfcn.h>
+#include <link.h>
 
 #include <algorithm>
 #include <cstring>
 #include <map>
 #include <mutex>
 #include <stdexcept>
+
+#include "dispatch/shared_object.hpp"
 
 namespace natten {
 
@@ -19,8 +22,13 @@ struct Registry {
   std::mutex mutex;
   std::list<Kernel> kernels{own_kernels().begin(), own_kernels().end()};
   std::list<LoadedLibrary> libraries;
-  std::map<std::string, cuda::KernelInfo const*> code;  // by name of the kernel
+  struct Code {
+    cuda::KernelInfo const* info;
+    LoadedLibrary const* library;
+  };
+  std::map<std::string, Code> code;  // by name of the kernel
   bool own_is_loaded = false;
+  std::string own_error;
 
   static Registry& instance() {
     static Registry registry;
@@ -33,29 +41,64 @@ std::string last_error() {
   return text != nullptr ? text : "unknown error";
 }
 
+// What is wrong with an entry of a table, as the end of a sentence about it.
+std::string trouble_with_kernel(cuda::KernelInfo const& kernel) {
+  if (kernel.name == nullptr) return "has no name";
+  if (kernel.backend == nullptr || kernel.policy == nullptr) return "has no backend or no policy";
+  if (static_cast<int>(kernel.op) < 0 || static_cast<int>(kernel.op) > static_cast<int>(Op::kRpbGradient)) {
+    return "is of an unknown op";
+  }
+  if (kernel.num_archs < 0 || (kernel.num_archs > 0 && kernel.archs == nullptr)) return "has no architectures";
+  bool const has_tiles = kernel.own_tokens != 0 || kernel.streamed_tokens != 0;
+  if (has_tiles && !(is_tile_size(kernel.own_tokens) && is_tile_size(kernel.streamed_tokens))) {
+    return "has tiles of " + std::to_string(kernel.own_tokens) + " and " + std::to_string(kernel.streamed_tokens) +
+           " tokens; wanted powers of two, at most " + std::to_string(kMostTileTokens);
+  }
+  bool const has_entry = kernel.op == Op::kForward    ? kernel.forward.run != nullptr
+                         : kernel.op == Op::kBackward ? kernel.backward.run != nullptr
+                                                      : kernel.unfused.run != nullptr;
+  return has_entry ? "" : "has no entry point for its op";
+}
+
 cuda::Library const* open_library(std::string const& path) {
   auto const fail = [&](std::string const& why) -> std::invalid_argument {
     return std::invalid_argument("path = '" + path + "' is not a library of natten kernels: " + why);
   };
+  if (std::string const trouble = trouble_with_file(path); !trouble.empty()) throw fail(trouble);
   void* const handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (handle == nullptr) throw fail(last_error());
-  using Function = cuda::Library const* (*)();
-  auto const function = reinterpret_cast<Function>(dlsym(handle, "natten_cuda_library"));
-  if (function == nullptr) throw fail(last_error());
-  cuda::Library const* const library = function();
+  void* const address = dlsym(handle, "natten_cuda_library");
+  if (address == nullptr) throw fail(last_error());
+  Dl_info where;
+  ElfW(Sym)* symbol = nullptr;
+  if (dladdr1(address, &where, reinterpret_cast<void**>(&symbol), RTLD_DL_SYMENT) == 0 || symbol == nullptr ||
+      ELF64_ST_TYPE(symbol->st_info) != STT_FUNC) {
+    throw fail("its symbol natten_cuda_library is no function");
+  }
+  cuda::Library const* const library = reinterpret_cast<cuda::Library const* (*)()>(address)();
+  if (library == nullptr) throw fail("its function natten_cuda_library returns no table");
   if (library->abi_version != cuda::kAbiVersion || library->arguments_bytes != int(sizeof(BackwardArguments))) {
     throw fail("it was built for interface " + std::to_string(library->abi_version) + " of " +
                std::to_string(library->arguments_bytes) + " bytes, and this natten has interface " +
                std::to_string(cuda::kAbiVersion) + " of " + std::to_string(sizeof(BackwardArguments)) +
                " bytes; build it again with this version's headers");
   }
+  if (library->toolkit == nullptr) throw fail("it does not say what built it");
+  if (library->num_kernels < 0 || (library->num_kernels > 0 && library->kernels == nullptr)) {
+    throw fail("its table of " + std::to_string(library->num_kernels) + " kernels is not there");
+  }
+  if (library->on_host == 0 && library->driver_version == nullptr) throw fail("it cannot tell the driver's version");
+  for (int i = 0; i < library->num_kernels; ++i) {
+    std::string const trouble = trouble_with_kernel(library->kernels[i]);
+    if (!trouble.empty()) throw fail("its kernel " + std::to_string(i) + " " + trouble);
+  }
   return library;
 }
 
 void add(Registry& registry, std::string const& path, cuda::Library const& library) {
-  registry.libraries.push_back({path, &library});
+  registry.libraries.push_back({path, &library, library.on_host != 0 ? 0 : library.driver_version()});
   for (int i = 0; i < library.num_kernels; ++i) {
-    registry.code[library.kernels[i].name] = &library.kernels[i];
+    registry.code[library.kernels[i].name] = {&library.kernels[i], &registry.libraries.back()};
   }
 }
 
@@ -68,8 +111,11 @@ void load_own(Registry& registry) {
   char const* const slash = std::strrchr(self.dli_fname, '/');
   std::string const folder = slash == nullptr ? "" : std::string(self.dli_fname, slash + 1);
   std::string const path = folder + kOwnLibrary;
-  if (void* const handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL); handle != nullptr) {
+  if (access(path.c_str(), F_OK) != 0) return;
+  try {
     add(registry, path, *open_library(path));
+  } catch (std::invalid_argument const& error) {
+    registry.own_error = error.what();
   }
 }
 
@@ -127,7 +173,30 @@ cuda::KernelInfo const* find_code(Kernel const& kernel) {
   std::lock_guard const lock(registry.mutex);
   load_own(registry);
   auto const found = registry.code.find(kernel.name);
-  return found == registry.code.end() ? nullptr : found->second;
+  return found == registry.code.end() ? nullptr : found->second.info;
+}
+
+std::string trouble_with_driver(Kernel const& kernel) {
+  Registry& registry = Registry::instance();
+  std::lock_guard const lock(registry.mutex);
+  LoadedLibrary const& library = *registry.code.at(kernel.name).library;
+  // A driver runs what was built with any toolkit of its generation.
+  constexpr int kGeneration = 1000;
+  int const wanted = library.contents->runtime_version, there = library.driver_version;
+  if (library.contents->on_host != 0 || there / kGeneration >= wanted / kGeneration) return "";
+  auto const version = [](int number) {
+    return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
+  };
+  return "was built with CUDA " + version(wanted) + ", and the GPU's driver " +
+         (there == 0 ? "was not found" : "supports CUDA " + version(there) + " at most") +
+         "; install a newer driver, or build natten with a toolkit that fits it";
+}
+
+std::string error_of_own_library() {
+  Registry& registry = Registry::instance();
+  std::lock_guard const lock(registry.mutex);
+  load_own(registry);
+  return registry.own_error;
 }
 
 }  // namespace natten

@@ -10,6 +10,12 @@
 
 namespace natten {
 
+// Of a tile: what choose_tile_shapes knows. Powers of two.
+constexpr int kMostTileTokens = 256;
+constexpr bool is_tile_size(int tokens) {
+  return tokens > 0 && tokens <= kMostTileTokens && (tokens & (tokens - 1)) == 0;
+}
+
 // Every kernel there is, in order of preference: those of users' libraries (the last loaded first), then our own.
 // Elements stay where they are.
 std::list<Kernel> const& kernels();
@@ -18,6 +24,7 @@ std::list<Kernel> const& kernels();
 struct LoadedLibrary {
   std::string path;
   cuda::Library const* contents;
+  int driver_version;  // asked for when it was loaded
 };
 std::list<LoadedLibrary> const& libraries();
 
@@ -27,5 +34,11 @@ void load_kernels(std::string const& path);
 
 // The code of a CUDA kernel; null if no library that is loaded, or comes with the package, has it.
 cuda::KernelInfo const* find_code(Kernel const& kernel);
+
+// Why the driver cannot run the code of a CUDA kernel, which there is; empty: it can.
+std::string trouble_with_driver(Kernel const& kernel);
+
+// Why the package's own library could not be loaded; empty: it was, or there is none.
+std::string error_of_own_library();
 
 }  // namespace natten

@@ -168,6 +168,7 @@ class Block {
     for (int w = 0; w < int(warps_.size()); ++w) {
       warps_[w].reset(w * kLanes, std::min((w + 1) * kLanes, grid_.threads));
     }
+    under_way_.start(shared_.get(), grid_.shared_bytes);
     num_runnable_ = grid_.threads;
     blockIdx = {static_cast<unsigned>(index), 0, 0};
     blockDim = {static_cast<unsigned>(grid_.threads), 1, 1};
@@ -176,7 +177,7 @@ class Block {
     for (int t = 0; t < grid_.threads; ++t) {
       waiting_[t] = nullptr;
       finished_[t] = false;
-      copies_[t].start(settings_.copies_are_late);
+      copies_[t].start(settings_.copies_are_late, under_way_);
       fibers_[t].prepare((*stacks_)[t], &Block::entry);
     }
 
@@ -273,6 +274,8 @@ class Block {
     auto const* const p = static_cast<char const*>(address);
     return p >= shared_.get() && p + bytes <= shared_.get() + grid_.shared_bytes;
   }
+
+  bool is_under_way(void const* address, int bytes) const { return under_way_.touches(address, bytes); }
 
   static thread_local Block* current;
 
@@ -400,6 +403,7 @@ class Block {
   Fiber host_;
   std::unique_ptr<Fiber[]> fibers_;
   std::vector<Copies> copies_;
+  UnderWay under_way_;
   std::vector<char const*> waiting_;  // in which operation; null: nowhere
   std::vector<char> finished_;
   std::vector<Warp> warps_;
@@ -482,6 +486,9 @@ void check_shared(void const* address, int bytes, char const* operation) {
   }
   if (!Block::current->is_shared(address, bytes)) {
     throw Error(std::string(operation) + ": an address outside of shared memory");
+  }
+  if (Block::current->is_under_way(address, bytes)) {
+    throw Error(std::string(operation) + ": an address that an asynchronous copy is under way to");
   }
 }
 

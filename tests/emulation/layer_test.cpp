@@ -170,6 +170,30 @@ void check_copies(bool are_late) {
   must_fail(1, "under way", [&](char* shared) {
     cute::SM80_CP_ASYNC_CACHEALWAYS<float>::copy(source[0], *reinterpret_cast<float*>(shared));
   });
+  must_fail(2, "a write to where", [&](char* shared) {
+    auto* const floats = reinterpret_cast<float*>(shared);
+    if (threadIdx.x == 0) cute::SM80_CP_ASYNC_CACHEALWAYS<float>::copy(source[0], floats[0]);
+    __syncthreads();
+    if (threadIdx.x == 1) floats[0] = 7;
+    __syncthreads();
+    cute::cp_async_wait<0>();
+  });
+  must_fail(2, "cp.async: an address that", [&](char* shared) {
+    auto const copy = [&] {
+      cute::SM80_CP_ASYNC_CACHEALWAYS<float>::copy(source[0], *reinterpret_cast<float*>(shared));
+    };
+    if (threadIdx.x == 0) copy();
+    __syncthreads();
+    if (threadIdx.x == 1) copy();
+  });
+  must_fail(kLanes, "ldmatrix: an address that", [&](char* shared) {
+    auto* const elements = reinterpret_cast<std::uint16_t*>(shared);
+    cute::SM80_CP_ASYNC_CACHEALWAYS<float>::copy(source[0], reinterpret_cast<float*>(shared)[threadIdx.x]);
+    __syncwarp();
+    auto const from = cute::make_tensor(cute::make_smem_ptr(elements + threadIdx.x % 8 * 8), cute::Int<8>{});
+    auto to = cute::make_tensor<std::uint16_t>(cute::Int<2>{});
+    cute::Copy_Atom<cute::SM75_U32x1_LDSM_N, std::uint16_t>{}.call(from, to);
+  });
   must_fail(1, "no multiple of 16", [&](char* shared) {
     auto const* const g = reinterpret_cast<cute::uint128_t const*>(source);
     cute::SM80_CP_ASYNC_CACHEGLOBAL<cute::uint128_t>::copy(*g, *reinterpret_cast<cute::uint128_t*>(shared + 4));

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 BUILD = Path(__file__).resolve().parents[2] / "build" / "emulation"
-PROBLEMS = 6
+PROBLEMS = 9
 
 pytestmark = pytest.mark.skipif(
     not (BUILD / "kernels_test").exists(), reason="needs `make emulation`"

@@ -13,6 +13,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -28,8 +29,10 @@
 
 namespace natten::cuda {
 
+// Static: a weak symbol would be merged with that of a unit which was compiled for other architectures, and launches find
+// their code by its address.
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
+static __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
     run_on_device(NATTEN_GRID_CONSTANT typename Kernel::Params const params) {
   extern __shared__ __align__(128) char shared[];
   Kernel{}(params, shared);
@@ -49,13 +52,16 @@ class Launcher {
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
             "setting its shared memory");
     }
-    kernel<<<static_cast<unsigned>(blocks), Kernel::kThreads, shared_bytes, stream_>>>(params);
-    check(cudaGetLastError(), "launching it");
+    void* arguments[] = {const_cast<typename Kernel::Params*>(&params)};
+    check(cudaLaunchKernel(reinterpret_cast<void const*>(kernel), dim3(static_cast<unsigned>(blocks)),
+                           dim3(Kernel::kThreads), arguments, static_cast<std::size_t>(shared_bytes), stream_),
+          "launching it");
   }
 
  private:
   static void check(cudaError_t error, char const* action) {
     if (error == cudaSuccess) return;
+    cudaGetLastError();  // the runtime keeps it, for whoever asks next
     throw std::runtime_error(std::string(action) + " failed: " + cudaGetErrorString(error));
   }
 

@@ -8,7 +8,9 @@
 namespace natten::cuda {
 
 // Raised with every change of a struct below, or of one that is reached from it.
-constexpr int kAbiVersion = 2;
+constexpr int kAbiVersion = 3;
+
+constexpr int kAnyLater = 0x7fffffff;
 
 struct LaunchContext {
   void* stream = nullptr;     // cudaStream_t
@@ -33,11 +35,13 @@ struct KernelInfo {
   Op op;
   DType dtype;
   int is_tf32;  // rounds float32 operands to TF32
-  int min_arch, max_arch;  // the architectures it is chosen on, 80 for SM80; may be forced on any later one
+  int min_arch,
+      max_arch;  // the architectures it is chosen on, 80 for SM80; may be forced on any later one. kAnyLater: no end
   int max_head_dim;
   int own_tokens, streamed_tokens;  // of its tiles; 0 where it has none
   int const* archs;  // that it was compiled for, ascending
   int num_archs;
+  int ptx_arch;  // that it has PTX of, which the driver compiles for later ones; 0: none
   // One of them is there, by the op; the others are null.
   Entry<ForwardArguments> forward;
   Entry<BackwardArguments> backward;
@@ -50,6 +54,8 @@ struct Library {
   int num_kernels;
   KernelInfo const* kernels;
   char const* toolkit;  // such as "CUDA 13.0"
+  int runtime_version;       // of CUDA's runtime in it, 13000 for 13.0
+  int (*driver_version)();   // the newest CUDA that the driver supports, 0 without a driver; null where on_host
   int on_host;  // its kernels run on the CPU, on host memory: only for tests, by name
 };
 

@@ -84,7 +84,7 @@ struct Logits {
   }
 
   CUTE_DEVICE Real operator()(Element const* query, Element const* key) const {
-    return scale * Warps::dot(query, key, head_dim);
+    return rounded_product(scale, Warps::dot(query, key, head_dim));
   }
   // `from` and `to`: positions of the query and the key.
   CUTE_DEVICE Real operator()(Element const* query, Element const* key, int head, int const (&from)[kMaxRank],

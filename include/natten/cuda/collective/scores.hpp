@@ -3,6 +3,7 @@
 #pragma once
 
 #include "natten/cuda/collective/block.hpp"
+#include "natten/cuda/collective/warp.hpp"
 
 namespace natten::cuda {
 
@@ -26,27 +27,31 @@ CUTE_DEVICE float reduce_row(float x, Operation operation) {
   return x;
 }
 
-// What dot products s are multiplied with, before the mask and inside the exponential of base 2. exp(scale * s) is
-// exp2(c * s), one multiply-add with the maximum; not so with a bias, and a c that is 0 or negative would make of a
-// masked -infinity something else.
+// What dot products are multiplied with: `before` the mask, and from then on, to logits of base e or 2. A softmax multiplies
+// the difference from the maximum, which is exact for the maximum itself, whatever its magnitude. Not so with a bias, and a
+// factor that is 0 or negative would make of a masked -infinity something else.
 struct LogitScale {
-  float before, inside;
+  float before, to_natural, to_base2;
 
   static LogitScale make(Problem const& problem) {
-    float const c = float(problem.scale) * kLog2E;
-    return problem.has_rpb || !(c > 0) ? LogitScale{c, 1.0f} : LogitScale{1.0f, c};
+    float const scale = float(problem.scale);
+    bool const at_once = problem.has_rpb || !(scale > 0);
+    float const rest = at_once ? 1.0f : scale;
+    return {at_once ? scale : 1.0f, rest, rest * kLog2E};
   }
+
+  // Rounded as the logits of any other kernel are, so that LSE and the backward pass agree on the maximum of a row.
+  CUTE_DEVICE float natural(float score) const { return rounded_product(score, to_natural); }
 };
 
-// logits, in units of `scale` before and of log2 after where a bias is given; -infinity where a row does not attend.
-// `bias`: the head's table, or null.
+// Scores, which LogitScale makes logits of; -infinity where a row does not attend. `bias`: the head's table, or null.
 template <class State, class Scores, class Coordinates>
 CUTE_DEVICE void finish_scores(Scores& scores, Coordinates const& coordinates, State const& state, Walk const& walk,
                                int const (&origin)[kMaxRank], bool is_interior, float prescale, float const* bias,
                                int bias_tile) {
   if (prescale != 1.0f) {
     CUTE_UNROLL
-    for (int i = 0; i < size(scores); ++i) scores(i) *= prescale;
+    for (int i = 0; i < size(scores); ++i) scores(i) = rounded_product(scores(i), prescale);
   }
   if (is_interior && bias == nullptr) return;
   int const first_column = get<1>(coordinates(0, 0));
@@ -61,7 +66,7 @@ CUTE_DEVICE void finish_scores(Scores& scores, Coordinates const& coordinates, S
       if (!attended) {
         scores(r, c) = -INFINITY;
       } else if (bias != nullptr) {
-        scores(r, c) += kLog2E * bias[state.bias_row[row] + state.bias_column[first_column + column] + bias_tile];
+        scores(r, c) += bias[state.bias_row[row] + state.bias_column[first_column + column] + bias_tile];
       }
     }
   }

@@ -8,7 +8,8 @@ namespace natten::cuda {
 
 // Calls body(tile, cursor, arrive) for all tiles of a block, in order. What comes of a tile comes in kSteps steps, each of
 // which has a place step % kStages in the ring: the step-th call of arrive(), counted from 0, returns when all threads see
-// what load(step, cursor) copied, and nobody reads the step before it any more. In the end nobody reads any.
+// what load(step, cursor) copied, and all that was copied before the stream; and nobody reads the step before it any more.
+// In the end no copy is under way, and nobody reads what only steps before the last one read.
 template <class Policy, int kSteps = 1, class State, class Load, class Body>
 CUTE_DEVICE void stream_tiles(State const& state, Load const& load, Body const& body) {
   constexpr int kStages = Policy::kStages;
@@ -41,7 +42,11 @@ CUTE_DEVICE void stream_tiles(State const& state, Load const& load, Body const& 
     });
     state.next_tile(cursor);
   }
-  __syncthreads();
+  // Without a tile nobody has waited yet for what was copied before.
+  if (state.tiles == 0) {
+    Policy::template wait<0>();
+    __syncthreads();
+  }
 }
 
 }  // namespace natten::cuda

@@ -17,6 +17,11 @@ using namespace cute;
 template <class Element>
 using Accumulator = conditional_t<is_same_v<Element, double>, double, float>;
 
+// a * b, rounded: part of no fused multiply-add. What a logit is must not depend on what is subtracted from it: the
+// largest minus itself would be the error of its rounding, which is large where the logit is.
+CUTE_DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+CUTE_DEVICE double rounded_product(double a, double b) { return __dmul_rn(a, b); }
+
 struct Warps {
   static constexpr int kLanes = 32;
   static constexpr int kPerBlock = 4;

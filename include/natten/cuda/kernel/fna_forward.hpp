@@ -149,13 +149,13 @@ struct FnaForward {
         for (int c = 0; c < size<1>(scores_rows); ++c) highest = Maximum{}(highest, scores_rows(r, c));
         highest = reduce_row<Policy::kRowLanes>(highest, Maximum{});
         // A row without keys so far keeps zeros: -infinity minus -infinity would be NaN.
-        float const base = highest == -INFINITY ? 0.0f : highest * params.scale.inside;
-        float const correction = exp2f(maximum[r] * params.scale.inside - base);
+        float const base = highest == -INFINITY ? 0.0f : highest;
+        float const correction = exp2f((maximum[r] - base) * params.scale.to_base2);
         maximum[r] = highest;
         sum[r] *= correction;
         CUTE_UNROLL
         for (int c = 0; c < size<1>(scores_rows); ++c) {
-          scores_rows(r, c) = exp2f(scores_rows(r, c) * params.scale.inside - base);
+          scores_rows(r, c) = exp2f((scores_rows(r, c) - base) * params.scale.to_base2);
           sum[r] += scores_rows(r, c);
         }
         CUTE_UNROLL
@@ -181,7 +181,7 @@ struct FnaForward {
       }
       if (present) {
         *lse_view.token<float>(p[0], p[1], p[2]) =
-            sum[r] == 0 ? -INFINITY : kLn2 * (maximum[r] * params.scale.inside + log2f(sum[r]));
+            sum[r] == 0 ? -INFINITY : params.scale.natural(maximum[r]) + kLn2 * log2f(sum[r]);
       }
     }
     store_accumulator<Policy>(output, shared, view_of<Side::kQuery, Element>(params.output, problem, own, own.head),

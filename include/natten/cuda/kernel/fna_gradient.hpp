@@ -194,8 +194,7 @@ struct FnaGradient {
     __syncthreads();
   }
 
-  // A query's LSE, in units of log2, and delta. Its probabilities are exp2(-infinity) = 0 where it is not there, or has
-  // no keys.
+  // A query's LSE and delta. Its probabilities are exp(-infinity) = 0 where it is not there, or has no keys.
   struct Row {
     float lse = INFINITY;
     float delta = 0;
@@ -211,7 +210,7 @@ struct FnaGradient {
     Row row;
     if (!present) return row;
     float const natural = *lse.token<float const>(p[0], p[1], p[2]);
-    if (natural != -INFINITY) row.lse = natural * kLog2E;
+    if (natural != -INFINITY) row.lse = natural;
     row.delta = *delta.token<float const>(p[0], p[1], p[2]);
     return row;
   }
@@ -288,7 +287,7 @@ struct FnaGradient {
         CUTE_UNROLL
         for (int c = 0; c < kColumns; ++c) {
           float const row_lse = kOwnsQueries ? rows[r].lse : columns(shared, tile)[get<1>(coordinates(0, c))];
-          scores_rows(r, c) = exp2f(scores_rows(r, c) * params.scale.inside - row_lse);
+          scores_rows(r, c) = exp2f((params.scale.natural(scores_rows(r, c)) - row_lse) * kLog2E);
         }
       }
       if constexpr (!kOwnsQueries) multiply_scores<Policy>(d_second, scores, second, shared + kScoresBegin, thread);
@@ -313,7 +312,8 @@ struct FnaGradient {
       }
     });
 
-    // The own tiles become the gradients'.
+    // The own tiles become the gradients', once the last streamed tile has been multiplied with them.
+    __syncthreads();
     auto const store_own = [&](auto const& accumulator, OwnTensor const& tensor, int head_dim, char* tile) {
       store_accumulator<Policy>(accumulator, tile, tensor.view, own, head_dim, tensor.vectors, thread);
     };

@@ -48,6 +48,7 @@ struct GemmAv {
       if constexpr (kSide == Side::kQuery) arrive();
       multiply_scores<Policy>(sum, scores, Block::slot(shared, tile), shared + kScoresBegin, thread);
     });
+    __syncthreads();  // the last tile has been multiplied
     store_accumulator<Policy>(sum, shared, Block::own_view(params, state), state.own, params.problem.head_dim,
                               params.own_vectors, thread);
   }

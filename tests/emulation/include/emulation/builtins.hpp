@@ -74,4 +74,12 @@ T __ldg(T const* address) {
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
 inline float __fdividef(float a, float b) { return a / b; }
+inline float __fmul_rn(float a, float b) {
+  float const volatile product = a * b;  // not contracted with what is added to it
+  return product;
+}
+inline double __dmul_rn(double a, double b) {
+  double const volatile product = a * b;
+  return product;
+}
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }

@@ -53,7 +53,8 @@ void meet_and_multiply(Product const& product);
 
 int lane();
 
-// Throws unless these bytes lie in the block's shared memory, and at a multiple of their number.
+// Throws unless these bytes lie in the block's shared memory, at a multiple of their number, and nothing is being copied
+// there.
 void check_shared(void const* address, int bytes, char const* operation);
 
 // cp.async: the bytes, or zeros, are in shared memory once the thread has waited for the group that they belong to.
