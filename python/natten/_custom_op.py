@@ -123,7 +123,7 @@ def _recorded(op: Any, derivatives: type[Derivatives]) -> Callable[..., Any]:
 
 def _without_tangent(tensor: Tensor | None) -> Tensor | None:
     # By its number: Python does not know of levels that a compiled graph has entered.
-    return None if tensor is None else forward_ad.unpack_dual(tensor, level=0).primal  # type: ignore[no-untyped-call, no-any-return]
+    return None if tensor is None else forward_ad.unpack_dual(tensor, level=0).primal  # type: ignore[no-untyped-call]
 
 
 # vmap ---------------------------------------------------------------------------------------------------------------

@@ -196,10 +196,12 @@ def _parts(
         return None if tensor is None else tensor.to(compute).unsqueeze(-1).movedim(-2, 1)
 
     def heads_first(given: Tangents) -> Operands:
-        *with_heads, rpb = given
-        query, *others = map(tokens, with_heads)
-        query = None if query is None else query * scale
-        return Operands(query, *others, rpb=None if rpb is None else rpb.to(compute))
+        tensors: list[Any] = [*map(tokens, given[:5]), given[5]]
+        if tensors[0] is not None:
+            tensors[0] = tensors[0] * scale
+        if tensors[5] is not None:
+            tensors[5] = tensors[5].to(compute)
+        return Operands(*tensors)
 
     first, second = heads_first(operands), heads_first(tangents)
     of_queries = tokens(d_output), rows(d_lse), tokens(t_d_output), rows(t_d_lse)

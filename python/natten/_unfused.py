@@ -195,7 +195,7 @@ class _Bilinear:
     """An op of two tensors, linear in each, and of settings: both tensors are kept, and no zeros made up."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:2])
         ctx.save_for_forward(*inputs[:2])
@@ -209,7 +209,8 @@ def _total(*parts: Tensor | None) -> Tensor | None:
 
 class _Qk(_Bilinear):
     @staticmethod
-    def backward(ctx: Any, d_weights: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        (d_weights,) = cotangents
         (query, key), (rpb, axes, _, backend) = ctx.saved_tensors, ctx.settings
         wants_query, wants_key, wants_rpb = ctx.needs_input_grad[:3]
         d_query = d_key = d_rpb = None
@@ -243,7 +244,8 @@ class _Qk(_Bilinear):
 
 class _Av(_Bilinear):
     @staticmethod
-    def backward(ctx: Any, d_output: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        (d_output,) = cotangents
         (weights, value), (axes, backend) = ctx.saved_tensors, ctx.settings
         d_weights = d_value = None
         if d_output is not None:
@@ -264,7 +266,8 @@ class _Av(_Bilinear):
 
 class _AvTransposed(_Bilinear):
     @staticmethod
-    def backward(ctx: Any, d_output: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        (d_output,) = cotangents
         (weights, x), (axes, _, backend) = ctx.saved_tensors, ctx.settings
         d_weights = d_x = None
         if d_output is not None:
@@ -285,12 +288,14 @@ class _AvTransposed(_Bilinear):
 
 class _RpbGradient:
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         weights, *ctx.settings = inputs
         ctx.shape, ctx.dtype = weights.shape, weights.dtype
 
     @staticmethod
-    def backward(ctx: Any, table: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        (table,) = cotangents
+        assert table is not None  # it is the only result
         # Every weight gets the entry of its relative position: that is qk of nothing but a bias.
         axes, backend = ctx.settings
         batch, heads, *grid, _ = ctx.shape
@@ -300,7 +305,8 @@ class _RpbGradient:
         return QK(query, key, table, axes, False, backend), None, None
 
     @staticmethod
-    def jvp(ctx: Any, _: tuple[Any, ...], t_weights: Tensor, *_no_more: None) -> Tensor:
+    def jvp(ctx: Any, saved: tuple[Any, ...], *tangents: Tensor | None) -> Tensor:
+        t_weights, *_ = tangents
         gradient: Tensor = RPB_GRADIENT(t_weights, *ctx.settings)
         return gradient
 
