@@ -44,9 +44,14 @@ constexpr KernelInfo info(Op op, char const* name) {
 }
 
 KernelInfo const kKernels[] = {info(Op::kForward, TEST_NAME "_forward"), info(Op::kBackward, TEST_NAME "_backward")};
-Library const kLibrary = {
-    TEST_ABI, sizeof(BackwardArguments), 2, kFault == kNoKernels ? nullptr : kKernels, "no toolkit", 13000,
-    driver_version, TEST_ON_HOST};
+Library const kLibrary = {TEST_ABI,
+                          sizeof(BackwardArguments),
+                          2,
+                          kFault == kNoKernels ? nullptr : kKernels,
+                          "no toolkit",
+                          13000,
+                          driver_version,
+                          TEST_ON_HOST};
 
 }  // namespace
 }  // namespace natten::cuda
