@@ -67,7 +67,7 @@ int index_of(std::array<char const*, N> const& names, std::string const& name, c
 
 Op op_of(std::string const& name) { return static_cast<Op>(index_of(kOpNames, name, "op")); }
 
-// A problem, and the tile shapes that CUDA kernels run it with: found once, at the first launch.
+// A problem, and the tiles that kernels run it with: found once, at the first launch. To ask what could run it costs no plan.
 struct PlannedProblem : Problem {
   TileShapes shapes_for(Side side, int own_tokens, int streamed_tokens) const {
     if (own_tokens == 0) return {};
@@ -76,8 +76,8 @@ struct PlannedProblem : Problem {
                                   ", streamed = " + std::to_string(streamed_tokens) +
                                   "; wanted powers of two, at most " + std::to_string(kMostTileTokens));
     }
-    std::lock_guard const lock(*mutex);
-    auto const [entry, is_new] = shapes->try_emplace({static_cast<int>(side), own_tokens, streamed_tokens});
+    std::lock_guard const lock(plan->mutex);
+    auto const [entry, is_new] = plan->shapes.try_emplace({static_cast<int>(side), own_tokens, streamed_tokens});
     if (is_new) {
       TileShapes fixed = {{0, 0, 0}, {0, 0, 0}};
       fix(fixed.own, side, own_tokens);
@@ -93,10 +93,28 @@ struct PlannedProblem : Problem {
     if (mine[0] * mine[1] * mine[2] == tokens) std::copy(mine, mine + kMaxRank, shape);
   }
 
+  // Those of the CPU's kernels.
+  TileTable const& tiles_for_cpu() const {
+    std::lock_guard const lock(plan->mutex);
+    if (!plan->has_tiles) {
+      Problem copy = *this;
+      choose_tiles(copy);
+      plan->tiles = copy.tiles;
+      plan->has_tiles = true;
+    }
+    return plan->tiles;
+  }
+
   int wanted[2][kMaxRank] = {};  // shapes that the user wants of tiles of queries and of keys; 0: none
-  std::shared_ptr<std::mutex> mutex = std::make_shared<std::mutex>();
-  std::shared_ptr<std::map<std::array<int, 3>, TileShapes>> shapes =
-      std::make_shared<std::map<std::array<int, 3>, TileShapes>>();
+
+ private:
+  struct Plan {
+    std::mutex mutex;
+    std::map<std::array<int, 3>, TileShapes> shapes;  // of CUDA kernels, by side and numbers of tokens
+    bool has_tiles = false;
+    TileTable tiles;
+  };
+  std::shared_ptr<Plan> plan = std::make_shared<Plan>();
 };
 
 PlannedProblem make_problem(std::string const& dtype, std::vector<int> const& axes, std::int64_t batch, int heads,
@@ -121,7 +139,6 @@ PlannedProblem make_problem(std::string const& dtype, std::vector<int> const& ax
   problem.scale = scale;
   problem.allow_tf32 = allow_tf32;
   check(problem);
-  choose_tiles(problem);
   if (!tile_shapes.empty()) {
     if (static_cast<int>(tile_shapes.size()) != 2 * rank) {
       throw std::invalid_argument("tile_shapes must hold " + std::to_string(2 * rank) + " integers, not " +
@@ -162,6 +179,7 @@ void run(Kernel const& kernel, void (*Kernel::*on_cpu)(Arguments const&),
          std::uintptr_t stream, std::uintptr_t workspace) {
   if (!kernel.cuda.is_cuda) {
     arguments.num_threads = useful_threads(kernel, problem, arguments.num_threads);
+    arguments.problem.tiles = problem.tiles_for_cpu();
     py::gil_scoped_release const released;
     (kernel.*on_cpu)(arguments);
     return;
@@ -316,7 +334,7 @@ void register_kernels(py::module_& module) {
           },
           py::arg("of_keys"), py::arg("own"), py::arg("streamed"))
       .def_property_readonly("queries_slide",
-                             [](PlannedProblem const& problem) { return problem.tiles.queries_slide; });
+                             [](PlannedProblem const& problem) { return problem.tiles_for_cpu().queries_slide; });
 
   module.def(
       "kernels",

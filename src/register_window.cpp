@@ -86,8 +86,26 @@ std::tuple<int, int> valid_queries(Fields const& fields) {
 std::int64_t axis_pairs(Fields const& fields) {
   Axis const axis = checked_axis(fields);
   std::int64_t pairs = 0;
-  for (int g = 0; g < axis.groups(); ++g) pairs += attended_pairs(axis.group(g));
+  for_each_kind_of_group(axis, [&](Group const& group, int count) { pairs += count * attended_pairs(group); });
   return pairs;
+}
+
+// The first and the last token of the grid that queries attend to, whether the key tensor holds them or not; (0, -1) where there are
+// no queries.
+std::pair<int, int> attended_tokens(Fields const& fields) {
+  Axis axis = axis_of(fields);
+  axis.key_origin = 0;
+  axis.key_extent = axis.extent;
+  check(axis, 0);
+  std::pair<int, int> tokens{0, -1};
+  for_each_kind_of_group(axis, [&](Group const& group, int count) {
+    if (group.queries.empty()) return;
+    int const first = group.window(group.queries.begin).begin * axis.dilation + group.index;
+    int const last = (group.window(group.queries.end - 1).end - 1) * axis.dilation + group.index + count - 1;
+    bool const is_first = tokens.second < 0;
+    tokens = {is_first ? first : min(tokens.first, first), max(tokens.second, last)};
+  });
+  return tokens;
 }
 
 void require_positive(char const* name, int tile) {
@@ -128,6 +146,7 @@ void register_window(py::module_& module) {
   module.def("windows", &windows, py::arg("axis"));
   module.def("inverse_windows", &inverse_windows, py::arg("axis"));
   module.def("valid_queries", &valid_queries, py::arg("axis"));
+  module.def("attended_tokens", &attended_tokens, py::arg("axis"));
   module.def("attended_pairs", &axis_pairs, py::arg("axis"));
   module.def("tile_boxes", &tile_boxes, py::arg("axis"), py::arg("tile"), py::arg("of_keys") = false);
   module.def("visited_tiles", &axis_tiles, py::arg("axis"), py::arg("query_tile"), py::arg("key_tile"));

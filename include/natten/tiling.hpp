@@ -16,11 +16,66 @@ NATTEN_INLINE constexpr std::int64_t visited_tiles(Group const& group, int query
   return count;
 }
 
-// Pairs of a query and a key that attends to it, on one group.
+// f(0) + ... + f(n - 1) of a function that grows by `step` wherever it is not held at its first or its last value.
+template <class F>
+NATTEN_INLINE constexpr std::int64_t sum_clamped_line(F const& f, int n, int step) {
+  if (n <= 0) return 0;
+  std::int64_t const first = f(0), last = f(n - 1);
+  auto const first_where = [&](auto const& holds) {  // by binary search; n, if there is none
+    int low = 0, high = n;
+    while (low < high) {
+      int const middle = low + (high - low) / 2;
+      if (holds(f(middle))) high = middle;
+      else low = middle + 1;
+    }
+    return low;
+  };
+  std::int64_t const left = first_where([&](int x) { return x > first; });
+  std::int64_t const reached = first_where([&](int x) { return x >= last; });
+  if (left >= reached) return left * first + (n - left) * last;
+  std::int64_t const between = reached - left;
+  return left * first + between * f(static_cast<int>(left)) + step * (between * (between - 1) / 2) +
+         (n - reached) * last;
+}
+
+// Pairs of a query and a key that attends to it, on one group: where windows begin and end moves with runs of `stride` queries, or,
+// the end of causal ones, with every query.
 NATTEN_INLINE constexpr std::int64_t attended_pairs(Group const& group) {
-  std::int64_t count = 0;
-  for (int p = group.queries.begin; p < group.queries.end; ++p) count += group.window(p).size();
-  return count;
+  int const begin = group.queries.begin, size = group.queries.size();
+  if (size <= 0) return 0;
+  int const stride = group.stride;
+  int const place = begin - group.offset - floor_div(begin - group.offset, stride) * stride;  // in its run
+  int const head = place == 0 ? 0 : min(size, stride - place);  // what is left of the first run
+  int const runs = (size - head) / stride, tail = (size - head) % stride;
+  auto const sum_of_runs = [&](auto const& f) {
+    std::int64_t sum = stride * sum_clamped_line([&](int n) { return f(begin + head + n * stride); }, runs, stride);
+    if (head > 0) sum += std::int64_t{head} * f(begin);
+    if (tail > 0) sum += std::int64_t{tail} * f(group.queries.end - 1);
+    return sum;
+  };
+  std::int64_t const begins = sum_of_runs([&](int p) { return group.window(p).begin; });
+  if (!group.is_causal) return sum_of_runs([&](int p) { return group.window(p).end; }) - begins;
+  return sum_clamped_line([&](int i) { return group.window(begin + i).end; }, size, 1) - begins;
+}
+
+// visit(group, count) for the dilation groups of an axis, of groups alike but for their index the first and how many there are: at
+// most 6 kinds, as groups that follow have the same tokens or one less at an end.
+template <class Visit>
+NATTEN_INLINE void for_each_kind_of_group(Axis const& axis, Visit const& visit) {
+  int const groups = axis.groups();
+  for (int first = 0; first < groups;) {
+    Group const group = axis.group(first);
+    int low = first + 1, high = groups;  // the first group that differs
+    while (low < high) {
+      int const middle = low + (high - low) / 2;
+      Group const other = axis.group(middle);
+      bool const is_alike = other.length == group.length && other.queries == group.queries && other.keys == group.keys;
+      if (is_alike) low = middle + 1;
+      else high = middle;
+    }
+    visit(group, low - first);
+    first = low;
+  }
 }
 
 // out[p - queries.begin] = window(p).
@@ -49,46 +104,65 @@ NATTEN_INLINE Interval stream_of(Group const& group, Side side, Interval tile) {
   return side == Side::kQuery ? group.keys_of(tile) : group.queries_of(tile);
 }
 
-// Sum over the tiles of an axis of the tokens streamed past each.
-NATTEN_INLINE std::int64_t streamed_tokens(Group const& group, Side side, int tile) {
-  Interval const tokens = tile_side(group, side);
-  std::int64_t count = 0;
-  for (int p = tokens.begin; p < tokens.end; p += tile) {
-    count += stream_of(group, side, {p, min(p + tile, tokens.end)}).size();
+// Planning looks at no more tiles of an axis than these, so that it takes microseconds for any grid.
+constexpr int kSamples = 64;
+
+// visit(tile, count) for tiles of a group, each of which stands for `count`: all of a short group. The step is odd, so that tiles meet
+// runs of queries with one window at all places.
+template <class Visit>
+NATTEN_INLINE void sample_tiles(Interval tokens, int tile, Visit const& visit) {
+  int const tiles = ceil_div(tokens.size(), tile);
+  int const step = tiles <= kSamples ? 1 : ceil_div(tiles, kSamples) | 1;
+  for (int t = 0; t < tiles; t += step) {
+    int const begin = tokens.begin + t * tile;
+    visit(Interval{begin, begin + min(tile, tokens.end - begin)}, min(step, tiles - t));
   }
-  return count;
 }
 
-// The box of `tokens` (a power of two) tokens that streams least; among equals the longest along the last axis, whose
-// tokens are nearest in memory. Dilation groups differ by one token at most: the first speaks for all.
-NATTEN_INLINE void choose_tile(Problem const& problem, Side side, int tokens, int (&shape)[kMaxRank]) {
-  constexpr int kMaxLog = 8;
-  double cost[kMaxRank][kMaxLog + 1] = {};
-  int log = 0;
-  while ((1 << log) < tokens) ++log;
-  for (int a = 0; a < kMaxRank; ++a) {
-    Group const group = problem.axes[a].group(0);
-    for (int i = 0; i <= log; ++i) {
-      cost[a][i] = static_cast<double>(streamed_tokens(group, side, 1 << i));
-      if ((1 << i) >= tile_side(group, side).size()) {  // longer tiles only waste lanes
-        for (int j = i + 1; j <= log; ++j) cost[a][j] = cost[a][i];
-        break;
-      }
-    }
-  }
-  double best = -1;
-  for (int i = 0; i <= log; ++i) {
-    for (int j = 0; i + j <= log; ++j) {
-      double const c = cost[0][i] * cost[1][j] * cost[2][log - i - j];
-      if (best < 0 || c < best) {
-        best = c;
-        shape[0] = 1 << i;
-        shape[1] = 1 << j;
-        shape[2] = 1 << (log - i - j);
-      }
-    }
-  }
+// Sum over the tiles of an axis of the tokens streamed past each, of long axes by samples.
+NATTEN_INLINE std::int64_t streamed_tokens(Group const& group, Side side, int tile) {
+  std::int64_t sum = 0;
+  sample_tiles(tile_side(group, side), tile,
+               [&](Interval own, int count) { sum += std::int64_t{count} * stream_of(group, side, own).size(); });
+  return sum;
 }
+
+// Tokens that are streamed past the tiles of an axis, by the logarithm of their side. Dilation groups differ by one token at most:
+// the first speaks for all.
+struct TileCosts {
+  static constexpr int kMaxLog = 4;  // of the largest box in TileTable
+  static_assert(TileTable::kSmallest << (TileTable::kSizes - 1) == 1 << kMaxLog);
+  double of[kMaxRank][kMaxLog + 1] = {};
+
+  NATTEN_INLINE static TileCosts find(Problem const& problem, Side side) {
+    TileCosts cost;
+    for (int a = 0; a < kMaxRank; ++a) {
+      Group const group = problem.axes[a].group(0);
+      int const tokens = tile_side(group, side).size();
+      for (int i = 0; i <= kMaxLog; ++i) {
+        bool const is_longer = i > 0 && (1 << (i - 1)) >= tokens;  // which only wastes lanes
+        cost.of[a][i] = is_longer ? cost.of[a][i - 1] : static_cast<double>(streamed_tokens(group, side, 1 << i));
+      }
+    }
+    return cost;
+  }
+
+  // The box of 2^log tokens that streams least; among equals the longest along the last axis, whose tokens are nearest in memory.
+  NATTEN_INLINE void choose(int log, int (&shape)[kMaxRank]) const {
+    double best = -1;
+    for (int i = 0; i <= log; ++i) {
+      for (int j = 0; i + j <= log; ++j) {
+        double const c = of[0][i] * of[1][j] * of[2][log - i - j];
+        if (best < 0 || c < best) {
+          best = c;
+          shape[0] = 1 << i;
+          shape[1] = 1 << j;
+          shape[2] = 1 << (log - i - j);
+        }
+      }
+    }
+  }
+};
 
 // Whether windows are runs of one line of tokens, on the last axis.
 NATTEN_INLINE bool has_lines(Problem const& problem) {
@@ -103,27 +177,57 @@ struct SlidingCost {
   double products = 0;  // of a tile and a key, to be compared with the keys that tiles of another shape stream
 };
 
-NATTEN_INLINE SlidingCost sliding_cost(Problem const& problem, int lanes) {
-  SlidingCost cost;
+// Whether windows of `lanes` neighbours always begin within a vector of so many keys, and, unless they are lines, have no more slots
+// than sliding tiles take: a lane's key is picked from a vector of those side by side. Of grids with more tiles than are looked at
+// one by one, what no border changes is decided: borders only hold windows back, and make them smaller.
+NATTEN_INLINE bool can_slide(Problem const& problem, int lanes) {
   Axis const& line = problem.axes[2];
-  std::int64_t slots_of_first_group = 0;
-  for (int g = 0; g < line.groups(); ++g) {
-    Group const group = line.group(g);
+  bool const any_slots = has_lines(problem);
+  constexpr int kLookedAt = 1024;
+  bool const is_long =
+      std::int64_t{line.groups()} * ceil_div(ceil_div(line.query_extent, line.dilation), lanes) > kLookedAt;
+  bool possible = true;
+  if (is_long) {
+    if (!any_slots && line.kernel_size > SlidingCost::kMaxSlots) return false;
+    int step = lanes,
+        common = line.stride;  // their greatest common divisor: tiles begin at all places of a run that it divides
+    while (step != 0) {
+      int const rest = common % step;
+      common = step;
+      step = rest;
+    }
+    for_each_kind_of_group(line, [&](Group const& group, int) {
+      int const place = group.queries.begin - group.offset;
+      int const last = place - floor_div(place, common) * common + line.stride - common;
+      possible = possible && (last + lanes - 1) / line.stride * line.stride < lanes;
+    });
+    return possible;
+  }
+  for_each_kind_of_group(line, [&](Group const& group, int) {
     for (int p = group.queries.begin; p < group.queries.end; p += lanes) {
-      int first = -1, slots = 0;
+      int first = -1;
       for (int i = p; i < min(p + lanes, group.queries.end); ++i) {
         Interval const window = group.window(i);
         if (window.empty()) continue;
         if (first < 0) first = window.begin;
-        slots = max(slots, window.size());
-        // A lane's key is picked from a vector of those side by side.
-        cost.possible = cost.possible && window.begin - first < lanes;
+        possible = possible && window.begin - first < lanes;
+        possible = possible && (any_slots || window.size() <= SlidingCost::kMaxSlots);
       }
-      cost.possible = cost.possible && (has_lines(problem) || slots <= SlidingCost::kMaxSlots);
-      if (g == 0) slots_of_first_group += slots;
     }
-  }
-  cost.products = static_cast<double>(slots_of_first_group);
+  });
+  return possible;
+}
+
+NATTEN_INLINE SlidingCost sliding_cost(Problem const& problem, int lanes) {
+  SlidingCost cost;
+  cost.possible = can_slide(problem, lanes);
+  if (!cost.possible) return cost;
+  Group const group = problem.axes[2].group(0);
+  sample_tiles(group.queries, lanes, [&](Interval tile, int count) {
+    int slots = 0;
+    for (int p = tile.begin; p < tile.end; ++p) slots = max(slots, group.window(p).size());
+    cost.products += static_cast<double>(count) * slots;
+  });
   for (int a = 0; a < 2; ++a) {
     cost.products *= static_cast<double>(streamed_tokens(problem.axes[a].group(0), Side::kQuery, 1));
   }
@@ -131,13 +235,12 @@ NATTEN_INLINE SlidingCost sliding_cost(Problem const& problem, int lanes) {
 }
 
 // The shapes of own and streamed tiles, of these numbers of tokens (powers of two), with which own tiles visit the fewest
-// streamed tiles: on each axis the sum over own tiles of those visited, multiplied over axes. Long axes are sampled, at
-// kSamples tiles; dilation group 0 speaks for all. Among equals the longest along the last axis. Shapes in `fixed` that
-// are not 0 are taken as they are.
+// streamed tiles: on each axis the sum over own tiles of those visited, multiplied over axes; long axes are sampled. Dilation
+// group 0 speaks for all. Among equals the longest along the last axis. Shapes in `fixed` that are not 0 are taken as they
+// are.
 inline TileShapes choose_tile_shapes(Problem const& problem, Side side, int own, int streamed,
                                      TileShapes const& fixed = {{0, 0, 0}, {0, 0, 0}}) {
   constexpr int kMaxLog = 8;
-  constexpr int kSamples = 512;
   auto const log2 = [](int x) {
     int log = 0;
     while ((1 << log) < x) ++log;
@@ -150,15 +253,11 @@ inline TileShapes choose_tile_shapes(Problem const& problem, Side side, int own,
   double cost[kMaxRank][kMaxLog + 1][kMaxLog + 1] = {};
   for (int a = 0; a < kMaxRank; ++a) {
     Group const group = problem.axes[a].group(0);
-    Interval const tokens = tile_side(group, side);
     for (int i = 0; i <= own_log; ++i) {
-      int const tiles = ceil_div(tokens.size(), 1 << i);
-      int const step = ceil_div(tiles, kSamples) > 0 ? ceil_div(tiles, kSamples) : 1;
-      for (int t = 0; t < tiles; t += step) {
-        int const begin = tokens.begin + (t << i);
-        Interval const stream = stream_of(group, side, {begin, min(begin + (1 << i), tokens.end)});
-        for (int j = 0; j <= streamed_log; ++j) cost[a][i][j] += double(step) * ceil_div(stream.size(), 1 << j);
-      }
+      sample_tiles(tile_side(group, side), 1 << i, [&](Interval tile, int count) {
+        int const stream = stream_of(group, side, tile).size();
+        for (int j = 0; j <= streamed_log; ++j) cost[a][i][j] += double(count) * ceil_div(stream, 1 << j);
+      });
     }
   }
   TileShapes best;
@@ -182,18 +281,20 @@ inline TileShapes choose_tile_shapes(Problem const& problem, Side side, int own,
   return best;
 }
 
-// Fills problem.tiles. Costs a few evaluations of `window` a token: once for a problem, not once a call.
+// Fills problem.tiles, in some ten microseconds.
 NATTEN_INLINE void choose_tiles(Problem& problem) {
+  TileCosts const costs[2] = {TileCosts::find(problem, Side::kQuery), TileCosts::find(problem, Side::kKey)};
+  constexpr int kLargest = TileTable::kSizes - 1;
   for (int side = 0; side < 2; ++side) {
-    for (int i = 0; i < TileTable::kSizes; ++i) {
-      choose_tile(problem, static_cast<Side>(side), TileTable::kSmallest << i, problem.tiles.shape[side][i]);
+    for (int i = 0; i <= kLargest; ++i) {
+      costs[side].choose(TileCosts::kMaxLog - kLargest + i, problem.tiles.shape[side][i]);
     }
   }
-  constexpr int kLargest = TileTable::kSizes - 1;
   double streamed = 1;
   for (int a = 0; a < kMaxRank; ++a) {
-    int const size = problem.tiles.shape[static_cast<int>(Side::kQuery)][kLargest][a];
-    streamed *= static_cast<double>(streamed_tokens(problem.axes[a].group(0), Side::kQuery, size));
+    int log = 0;
+    while (1 << log < problem.tiles.shape[static_cast<int>(Side::kQuery)][kLargest][a]) ++log;
+    streamed *= costs[static_cast<int>(Side::kQuery)].of[a][log];
   }
   SlidingCost const sliding = sliding_cost(problem, TileTable::kSmallest << kLargest);
   problem.tiles.queries_slide = sliding.possible && sliding.products <= streamed;  // among equals, too: 4 % faster

@@ -152,6 +152,9 @@ def inverse_windows(axis: AxisInts) -> list[tuple[int, int, int]]:
 def valid_queries(axis: AxisInts) -> tuple[int, int]:
     """Tokens of the grid, [begin, end), that are queries ("valid" drops those without a whole window)."""
 
+def attended_tokens(axis: AxisInts) -> tuple[int, int]:
+    """The first and the last token of the grid that the queries attend to, in the keys or not; (0, -1) without queries."""
+
 def attended_pairs(axis: AxisInts) -> int:
     """Sum over the queries of their window's size."""
 

@@ -157,15 +157,7 @@ def _valid_queries(*axis: int) -> tuple[int, int]:
 
 
 def _attended_tokens(*axis: int) -> tuple[int, int]:
-    """The first and the last token of the whole axis that queries of this one attend to, or (0, -1)."""
-    whole = Axis(*axis)._replace(key_origin=0, key_extent=axis[0])
-    windows = [(g, begin, end) for g, begin, end, _ in _C.windows(whole) if end > begin]
-    if not windows:
-        return 0, -1
-    return (
-        min(begin * whole.dilation + g for g, begin, _ in windows),
-        max((end - 1) * whole.dilation + g for g, _, end in windows),
-    )
+    return _C.attended_tokens(axis)
 
 
 # torch.compile cannot trace into the core; it may call it, though, once the numbers are constants.

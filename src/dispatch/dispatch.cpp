@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "dispatch/names.hpp"
+#include "natten/tiling.hpp"
 
 namespace natten {
 
@@ -63,17 +64,16 @@ void check(Axis const& axis, int index) {
   check_box("key_origin", axis.key_origin, axis.key_extent);
   // A window as wide as the grid means "all keys there are": dense attention with more queries than keys.
   if (axis.kernel_size == axis.extent) return;
-  for (int g = 0; g < axis.groups(); ++g) {
-    Group const group = axis.group(g);
-    if (group.keys_suffice()) continue;
-    int const first = group.grid_window(group.queries.begin).begin * axis.dilation + g;
-    int const last = (group.grid_window(group.queries.end - 1).end - 1) * axis.dilation + g;
+  for_each_kind_of_group(axis, [&](Group const& group, int) {
+    if (group.keys_suffice()) return;
+    int const first = group.grid_window(group.queries.begin).begin * axis.dilation + group.index;
+    int const last = (group.grid_window(group.queries.end - 1).end - 1) * axis.dilation + group.index;
     throw std::invalid_argument("on axis " + std::to_string(index) + " the windows of the queries reach from token " +
                                 std::to_string(first) + " to token " + std::to_string(last) +
                                 " of the grid, but the keys hold only tokens " + std::to_string(axis.key_origin) +
                                 " to " + std::to_string(axis.key_origin + axis.key_extent - 1) +
                                 "; pass more keys, or correct grid, query_origin or key_origin");
-  }
+  });
 }
 
 void check(Problem const& problem) {
