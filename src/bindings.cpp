@@ -16,6 +16,8 @@
 #include <vector>
 
 #include "cpu/fork.hpp"
+#include "cpu/results.hpp"
+#include "cpu/scratch.hpp"
 #include "dispatch/dispatch.hpp"
 #include "dispatch/names.hpp"
 #include "natten/cpu/parallel.hpp"
@@ -157,6 +159,7 @@ void run(Kernel const& kernel, void (*Kernel::*on_cpu)(Arguments const&),
          std::uintptr_t stream, std::uintptr_t workspace) {
   if (!kernel.cuda.is_cuda) {
     py::gil_scoped_release const released;
+    cpu::provide_pages(arguments, kernel.op);
     (kernel.*on_cpu)(arguments);
     return;
   }
@@ -384,5 +387,8 @@ PYBIND11_MODULE(_C, module) {
   natten::register_kernels(module);
   natten::register_window(module);
   module.def("num_parallel_threads", &natten::num_parallel_threads, py::arg("num_threads"));
+  module.def("before_fork", &natten::cpu::before_fork);
+  module.def("after_fork_in_parent", &natten::cpu::after_fork_in_parent);
   module.def("after_fork_in_child", &natten::cpu::after_fork_in_child);
+  module.def("release_scratch", &natten::cpu::release_scratch);
 }

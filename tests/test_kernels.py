@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import natten
+from bench.cases import Case
 from natten import _C
 from tests import oracle
 from tests.cases import FEATURES, NAMED, PAIRS, Problem, named_problem, random_problem
@@ -104,6 +105,36 @@ def test_anything_by_several_threads(seed, policy):
 @pytest.mark.parametrize("seed", range(3))
 def test_anything_large(rank, seed, policy):
     check(random_problem((f"rank{rank}",), seed, large=True), policy)
+
+
+# So wide that the sums of what a row of tiles sees do not fit a thread's memory: in one pass for all gradients, a picture is cut
+# into blocks that overlap.
+WIDE = {
+    "bias, causal": named_problem(
+        Case("", (7, 470), (3, 4), heads=2), is_causal=(False, True), has_rpb=True, seed=1
+    ),
+    "grouped queries, dilation, zeros": named_problem(
+        Case("", (6, 520), (3, 5), heads=4),
+        heads_kv=2,
+        dilation=(1, 2),
+        boundary=("mask", "zeros"),
+        seed=2,
+    ),
+    "rank 3, boxes": named_problem(
+        Case("", (4, 12, 80), (3, 5, 3), heads=2),
+        query_box=((1, 3), (0, 12), (7, 70)),
+        key_box=((0, 4), (0, 12), (3, 77)),
+        boundary=("shift", "shift", "mask"),
+        has_rpb=True,
+        seed=3,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_wide(name, policy):
+    torch.set_num_threads(2)
+    check(replace(WIDE[name], head_dim=256, head_dim_value=200), policy)
 
 
 @pytest.mark.parametrize("case", NAMED, ids=lambda case: case.name)

@@ -42,10 +42,10 @@ class Bias {
   NATTEN_INLINE float const* run(int lane, int z, int y, int x) const {
     return table_ + (lanes_[lane] + center_ + z * step_[0] + y * step_[1] + x * step_[2]);
   }
-  // Adds the gradient of the logits; that of lanes which do not take part is 0. No two other lanes share an entry.
-  NATTEN_INLINE void scatter(int z, int y, IntVec x, IntVec keep, Vec gradient, float* to) const {
+  // Adds the gradient of the logits of `lanes`; that of lanes which do not take part is 0. No two other lanes share an entry.
+  NATTEN_INLINE void scatter(int z, int y, IntVec x, IntVec keep, Vec gradient, std::uint32_t lanes, float* to) const {
     IntVec const i = index(z, y, x, keep);
-    for (int l = 0; l < kLanes; ++l) to[i[l]] += gradient[l];
+    for (int l = 0; l < kLanes; ++l) to[i[l]] += (lanes >> l) & 1u ? gradient[l] : 0.0f;
   }
 
   static std::int64_t table_size(Problem const& problem) {

@@ -175,7 +175,8 @@ class GradKeyValue {
     for (int h = 0; h < problem_.group_size(); ++h, sums.data += sums.floats()) {
       auto const d_query = query_result<Storage>(arguments_, arguments_.d_query, item.groups, item.batch,
                                                  item.head_kv * problem_.group_size() + h, problem_.head_dim);
-      sums.store(d_query, slices, problem_.head_dim, static_cast<float>(problem_.scale));
+      Interval const tokens[kMaxRank] = {slices, sums.box[1], sums.box[2]};
+      sums.store(d_query, tokens, problem_.head_dim, static_cast<float>(problem_.scale));
     }
   }
 
@@ -314,10 +315,9 @@ class GradKeyValue {
     int const end = tile.box[2].end;
     Interval const next[kMaxRank] = {tile.box[0], tile.box[1], {end, min(end + schedule_.tile.size[2], block[2].end)}};
     FetchAhead fetch;
-    fetch.add(key, next, problem_.head_dim);
-    fetch.add(value, next, problem_.head_dim_value);
-    fetch.add(d_key_of(item), tile.box, problem_.head_dim);
-    fetch.add(d_value_of(item), tile.box, problem_.head_dim_value);
+    fetch.start(Fetched(key, next, problem_.head_dim), Fetched(value, next, problem_.head_dim_value),
+                Fetched(d_key_of(item), tile.box, problem_.head_dim),
+                Fetched(d_value_of(item), tile.box, problem_.head_dim_value));
     fetch.all();
     return as_rows && load_lane_rows<Math>(key, tile, problem_.head_dim, key_rows(memory));
   }
@@ -348,7 +348,7 @@ class GradKeyValue {
           Vec const d_logit = weight * (d_weights[t] - stats.delta);
           weights[t] = keep ? weight : Vec{};
           d_weights[t] = keep ? d_logit : Vec{};
-          if (bias && d_bias != nullptr) bias.scatter(chunk.z[r], chunk.y[r], x, keep, d_weights[t], d_bias);
+          if (bias && d_bias != nullptr) bias.scatter(chunk.z[r], chunk.y[r], x, keep, d_weights[t], tile.lanes, d_bias);
         }
       }
       if (sums) add_to_queries(tile, chunk, sums, nonfinite_rows, memory);
