@@ -111,19 +111,19 @@ def test_anything_large(rank, seed, policy):
 # into blocks that overlap.
 WIDE = {
     "bias, causal": named_problem(
-        Case("", (7, 470), (3, 4), heads=2), is_causal=(False, True), has_rpb=True, seed=1
+        Case("", (5, 260), (3, 4), heads=2), is_causal=(False, True), has_rpb=True, seed=1
     ),
     "grouped queries, dilation, zeros": named_problem(
-        Case("", (6, 520), (3, 5), heads=4),
+        Case("", (3, 500), (3, 5), heads=4),
         heads_kv=2,
         dilation=(1, 2),
         boundary=("mask", "zeros"),
         seed=2,
     ),
     "rank 3, boxes": named_problem(
-        Case("", (4, 12, 80), (3, 5, 3), heads=2),
-        query_box=((1, 3), (0, 12), (7, 70)),
-        key_box=((0, 4), (0, 12), (3, 77)),
+        Case("", (3, 8, 64), (3, 3, 3), heads=2),
+        query_box=((0, 3), (0, 8), (7, 50)),
+        key_box=((0, 3), (0, 8), (3, 60)),
         boundary=("shift", "shift", "mask"),
         has_rpb=True,
         seed=3,
@@ -132,9 +132,16 @@ WIDE = {
 
 
 @pytest.mark.parametrize("name", WIDE)
-def test_wide(name, policy):
+def test_wide(name):
+    """As the best kernel of this machine computes them."""
     torch.set_num_threads(2)
-    check(replace(WIDE[name], head_dim=256, head_dim_value=200), policy)
+    problem = replace(WIDE[name], head_dim=256, head_dim_value=200)
+    operands = problem.operands(torch.float32)
+    exact = oracle.run(lambda *t: oracle.dense(problem, t, torch.float64), operands)
+    results = oracle.run(lambda *t: call(problem, t), operands)
+    for what, result, right in zip(oracle.NAMES, results, exact, strict=True):
+        if right is not None:
+            oracle.assert_close(result, right, 2e-5 * right.abs().max().item(), what)
 
 
 @pytest.mark.parametrize("case", NAMED, ids=lambda case: case.name)

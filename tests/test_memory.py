@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import subprocess
@@ -22,55 +23,62 @@ pytestmark = pytest.mark.cpu
 PAGE = resource.getpagesize()
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
-# A process of its own, as what malloc keeps depends on all that was freed before.
+# In a process of its own, as what malloc keeps depends on all that was freed before.
 FAULTS = """
-import resource, sys, torch, natten
+import json, resource, sys, torch, natten
 from natten.functional import na2d_av, na2d_qk
 
 torch.set_num_threads(2)
-call, side, window, calls = sys.argv[1], *map(int, sys.argv[2:])
-query, key, value = torch.randn(3, 1, side, side, 4, 64).unbind()
+warm, calls, sides = json.loads(sys.argv[1])
 
-def forward():
-    return natten.na2d(query, key, value, window)
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
-leaves = [t.clone().requires_grad_() for t in (query, key, value)]
-def backward():
-    return torch.autograd.grad(natten.na2d(*leaves, window), leaves, value)
+def faults_of(run):
+    for _ in range(warm):
+        run()
+    before = faults()
+    for _ in range(calls):
+        run()
+    return (faults() - before) / calls
 
-first = [t.movedim(-2, 1).contiguous() for t in (query, key, value)]
-def unfused():
-    return na2d_av(na2d_qk(*first[:2], window), first[2], window)
-
-run = {"forward": forward, "backward": backward, "unfused": unfused}[call]
-for _ in range(10 if side < 128 else 2):
-    run()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(calls):
-    run()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / calls)
+found = {}
+for side in sides:
+    query, key, value = torch.randn(3, 1, side, side, 4, 64).unbind()
+    leaves = [t.clone().requires_grad_() for t in (query, key, value)]
+    first = [t.movedim(-2, 1).contiguous() for t in (query, key, value)]
+    found[side] = {
+        "forward": faults_of(lambda: natten.na2d(query, key, value, 5)),
+        "backward": faults_of(lambda: torch.autograd.grad(natten.na2d(*leaves, 5), leaves, value)),
+        "unfused": faults_of(lambda: na2d_av(na2d_qk(*first[:2], 5), first[2], 5)),
+    }
+print(json.dumps(found))
 """
+# Rows of results as large as the output.
+RESULTS = {"forward": 1, "backward": 4, "unfused": 1 + 25 / 64}
 
 
-def page_faults(call: str, side: int, window: int, calls: int) -> float:
-    """Of a call, on average, when it is warm."""
-    command = (sys.executable, "-c", FAULTS, call, str(side), str(window), str(calls))
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def shares_of_pages(warm: int, calls: int, *sides: int) -> dict[tuple[str, str], float]:
+    """Page faults of warm calls, in pages of their results, by side of the picture and call."""
+    command = (sys.executable, "-c", FAULTS, json.dumps([warm, calls, sides]))
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return {
+        (side, call): faults / (RESULTS[call] * int(side) ** 2 * 4 * 64 * 4 / PAGE)
+        for side, calls in found.items()
+        for call, faults in calls.items()
+    }
 
 
-@pytest.mark.parametrize(("call", "results"), [("forward", 1), ("backward", 4), ("unfused", 2)])
-@pytest.mark.parametrize("side", [32, 64])
-def test_results_that_fit_the_heap_stay_there(call: str, results: int, side: int) -> None:
-    pages = results * side * side * 4 * 64 * 4 / PAGE
-    assert page_faults(call, side, 5, 20) < 0.1 * pages
+def test_results_that_fit_the_heap_stay_there() -> None:
+    shares = shares_of_pages(10, 20, 32, 64)
+    assert max(shares.values()) < 0.1, shares
 
 
-@pytest.mark.parametrize(("call", "results"), [("forward", 1), ("backward", 4), ("unfused", 1.77)])
-def test_large_results_have_huge_pages(call: str, results: float) -> None:
+def test_large_results_have_huge_pages() -> None:
     """Without huge pages, one fault a page, and no second thread that waits for the same one."""
-    pages = results * 256 * 256 * 4 * 64 * 4 / PAGE
     allowed = HUGE_PAGES.exists() and "[never]" not in HUGE_PAGES.read_text()
-    assert page_faults(call, 256, 7, 2) < (0.1 if allowed else 1.1) * pages
+    shares = shares_of_pages(1, 2, 256)
+    assert max(shares.values()) < (0.1 if allowed else 1.1), shares
 
 
 BACKENDS = ("fna", "naive")
