@@ -6,7 +6,6 @@ All sizes take turns in one process, as its allocator finds them; nothing is set
 
 from __future__ import annotations
 
-import os
 import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -43,6 +42,12 @@ def bytes_of(problem: Problem, call: str) -> int:
 def page_faults() -> int:
     """Of the process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def available_bytes() -> int:
+    """Memory that the system can give without swapping."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
 
 
 class Counted:
@@ -103,7 +108,7 @@ def runner(problem: Problem, call: str) -> Callable[[], object]:
 def measure(window: int, call: str, sides: Sequence[int], effort: Effort) -> Row:
     """One row; all sides of a picture take turns."""
     row = Row(window, call)
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = available_bytes()
     turns: dict[int, tuple[Turns, Counted]] = {}
     for side in sorted(sides):
         problem = problem_of(side, window)
@@ -112,8 +117,10 @@ def measure(window: int, call: str, sides: Sequence[int], effort: Effort) -> Row
         available -= bytes_of(problem, call)
         counted = Counted(runner(problem, call))
         turns[side] = Turns(counted), counted
-    for _, counted in turns.values():
-        counted.per_call.clear()  # the first call of each
+    for turn, counted in turns.values():
+        turn.burst(effort)  # until the allocator has found its ways
+        turn.bursts.clear()
+        counted.per_call.clear()
     for _ in range(effort.rounds):
         for turn, _ in turns.values():
             turn.burst(effort)
