@@ -107,11 +107,12 @@ def test_anything_large(rank, seed, policy):
     check(random_problem((f"rank{rank}",), seed, large=True), policy)
 
 
-# So wide that the sums of what a row of tiles sees do not fit a thread's memory: in one pass for all gradients, a picture is cut
-# into blocks that overlap.
+# So large that the sums of what a step sees do not fit a thread's memory: in one pass for all gradients, a grid is cut into
+# blocks that overlap.
 WIDE = {
+    "line": named_problem(Case("", (1500,), (9,), heads=2), seed=0),
     "bias, causal": named_problem(
-        Case("", (5, 200), (3, 4), heads=2), is_causal=(False, True), has_rpb=True, seed=1
+        Case("", (5, 260), (3, 4), heads=2), is_causal=(False, True), has_rpb=True, seed=1
     ),
     "grouped queries, dilation, zeros": named_problem(
         Case("", (4, 360), (3, 5), heads=4),
@@ -131,14 +132,21 @@ WIDE = {
 }
 
 
-@pytest.mark.parametrize("name", WIDE)
-def test_wide(name):
-    """As the best kernel of this machine computes them."""
-    torch.set_num_threads(2)
+@functools.cache
+def wide_expectation(name):
     problem = replace(WIDE[name], head_dim=512, head_dim_value=500)
     operands = problem.operands(torch.float32)
     exact = oracle.run(lambda *t: oracle.dense(problem, t, torch.float64), operands)
-    results = oracle.run(lambda *t: call(problem, t), operands)
+    return problem, operands, exact
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("isa", _C.cpu_isas())
+@pytest.mark.parametrize("name", WIDE)
+def test_wide(name, isa):
+    torch.set_num_threads(2)
+    problem, operands, exact = wide_expectation(name)
+    results = oracle.run(lambda *t: call(problem, t, f"fna:{isa}"), operands)
     for what, result, right in zip(oracle.NAMES, results, exact, strict=True):
         if right is not None:
             oracle.assert_close(result, right, 2e-5 * right.abs().max().item(), what)

@@ -110,7 +110,8 @@ class Results {
     provide(tensor.data, tokens(&Axis::query_extent) * problem_.heads * elements * element, num_threads_);
   }
   void of_keys(TensorRef const& tensor, std::int64_t elements) const {
-    provide(tensor.data, tokens(&Axis::key_extent) * problem_.heads_kv * elements * bytes_of(problem_.dtype), num_threads_);
+    provide(tensor.data, tokens(&Axis::key_extent) * problem_.heads_kv * elements * bytes_of(problem_.dtype),
+            num_threads_);
   }
   void of_queries(TensorRef const& tensor, std::int64_t elements) const {
     of_queries(tensor, elements, bytes_of(problem_.dtype));

@@ -165,15 +165,15 @@ class GradQuery {
   // Makes, of the products of a chunk, q k and dO v, weights p and the gradients of logits ds.
   void weigh(TileContext const& c, int index, Chunk const& chunk, Tile const& tile, Bias const& bias, Vec* weights,
              Vec* d_weights) const {
-    float* const d_bias = d_bias_ != nullptr ? d_bias_ + c.head * Bias::table_size(problem_) : nullptr;
-    std::uint32_t const own = d_bias != nullptr ? c.item.own_lanes(tile) : 0;
-    if (tile.takes_all(chunk)) weigh<true>(index, chunk, tile, bias, d_bias, own, weights, d_weights);
-    else weigh<false>(index, chunk, tile, bias, d_bias, own, weights, d_weights);
+    BiasGradient d_bias;
+    if (d_bias_ != nullptr) d_bias = {d_bias_ + c.head * Bias::table_size(problem_), c.item.own_lanes(tile)};
+    if (tile.takes_all(chunk)) weigh<true>(index, chunk, tile, bias, d_bias, weights, d_weights);
+    else weigh<false>(index, chunk, tile, bias, d_bias, weights, d_weights);
   }
 
-  // `kIsWhole`: all lanes take part in all slots. `own`: the lanes that the gradient of the bias is of.
+  // `kIsWhole`: all lanes take part in all slots.
   template <bool kIsWhole>
-  void weigh(int index, Chunk const& chunk, Tile const& tile, Bias const& bias, float* d_bias, std::uint32_t own,
+  void weigh(int index, Chunk const& chunk, Tile const& tile, Bias const& bias, BiasGradient const& d_bias,
              Vec* weights, Vec* d_weights) const {
     float const scale = static_cast<float>(problem_.scale) * kLog2e;
     Vec const lse2 = lse2_[index], delta = delta_[index];
@@ -191,7 +191,7 @@ class GradQuery {
         Vec const d_logit = weight * (*d - delta);
         *s = kIsWhole || keep ? weight : Vec{};
         *d = kIsWhole || keep ? d_logit : Vec{};
-        if (bias && d_bias != nullptr) bias.scatter(chunk.z[r], chunk.y[r], x, keep, *d, own, d_bias);
+        if (bias && d_bias.table != nullptr) bias.scatter(chunk.z[r], chunk.y[r], x, keep, *d, d_bias);
       }
     }
   }

@@ -51,18 +51,6 @@ inline bool keeps_busy(int num_threads, std::int64_t items) {
 
 inline Side other_side(Side side) { return side == Side::kQuery ? Side::kKey : Side::kQuery; }
 
-// Whether every token of the stream side is of some tile's stream, and there is a tile.
-inline bool streams_all(Problem const& problem, Side side) {
-  for (Axis const& axis : problem.axes) {
-    for (int g = 0; g < axis.groups(); ++g) {
-      Group const group = axis.group(g);
-      Interval const own = tile_side(group, side);
-      if (own.empty() || !stream_of(group, side, own).contains(tile_side(group, other_side(side)))) return false;
-    }
-  }
-  return true;
-}
-
 // The side whose tokens are lanes, cut into blocks.
 struct Schedule {
   Side side;
@@ -80,6 +68,7 @@ struct Schedule {
   int heads_kv;
   std::int64_t items;
   bool completes_stream;
+  bool has_ring = false;  // whether what a step streams fits into the ring
 
   // `token_bytes`: of a packed token of the stream. `state_bytes`: of a token of a tile, between pieces. `allow_ring`:
   // whether a tile can be finished with what the ring holds. `may_slide`: whether tiles may be those of a panel, if there is a ring.
@@ -132,7 +121,7 @@ struct Schedule {
       block[a] = round_up(before + more, panel[a]) - more;
       if (ring() > max_packed) block[a] = before;
     }
-    bool const has_ring = allow_ring && ring() <= max_packed && tokens(block) >= min(kMinBlock, tokens(whole));
+    has_ring = allow_ring && ring() <= max_packed && tokens(block) >= min(kMinBlock, tokens(whole));
     if (!has_ring) {
       if (slides) return false;
       for (int a = 0; a < kMaxRank; ++a) block[a] = max(whole[a], panel[a]);
@@ -257,7 +246,9 @@ struct Schedule {
 
   // Room for the intervals of a block's positions.
   int positions() const { return widest[0] + widest[1] + widest[2]; }
-  int panels_per_step() const { return step / panel[0] * (block[1] / panel[1]) * (block[2] / panel[2]); }
+  int panels_per_step() const {
+    return ceil_div(step, panel[0]) * ceil_div(widest[1], panel[1]) * ceil_div(widest[2], panel[2]);
+  }
   // Tiles whose states are kept side by side.
   int tiles_per_panel() const { return slides ? kPanelTiles : 1; }
 
