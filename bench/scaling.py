@@ -92,13 +92,13 @@ class Row:
 
 
 def runner(problem: Problem, call: str) -> Callable[[], object]:
-    if call == FORWARD:
-        return build(OURS, problem).forward()
-    if call == FORWARD_BACKWARD:
-        attend = build(OURS, problem, backward=True).attend
-        leaves = [t.requires_grad_() for t in problem.operands()]
+    if call != UNFUSED:
+        attention = build(OURS, problem, backward=call == FORWARD_BACKWARD)
+        if call == FORWARD:
+            return attention.forward()
+        leaves = [t.requires_grad_() for t in attention.operands]
         d_output = leaves[0].detach()
-        return lambda: torch.autograd.grad(attend(*leaves), leaves, d_output)
+        return lambda: torch.autograd.grad(attention.attend(*leaves), leaves, d_output)
     pair = unfused.ours(problem)
     query, key, value = (t.movedim(-2, 1).contiguous() for t in problem.operands())
 
