@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from bench import gpu, idle, measure, memory, overhead, report, unfused
+from bench import gpu, idle, measure, memory, overhead, report, scaling, unfused
 from bench.cases import CASES, GPU_CASES
 from bench.measure import FORWARD, FORWARD_BACKWARD, QUICK, Effort, Row
 from bench.methods import DTYPES, Problem, methods_on
@@ -133,6 +133,18 @@ def run_memory(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_scaling(arguments: argparse.Namespace) -> int:
+    warn_of_load()
+    kinds = [(window, call) for window in scaling.WINDOWS for call in scaling.CALLS]
+    effort = effort_of(arguments)
+    rows = [scaling.measure(*kind, scaling.SIDES, effort) for kind in tqdm(kinds, leave=False)]
+    machine = report.machine("cpu")
+    show(arguments, machine, scaling.header(scaling.SIDES), scaling.cells(rows, scaling.SIDES))
+    if arguments.plot:
+        scaling.plot(rows, machine, arguments.plot)
+    return 0
+
+
 def run_overhead(arguments: argparse.Namespace) -> int:
     lines = [[name, f"{value:,.1f}"] for name, value in overhead.overheads().items()]
     show(arguments, report.machine("cpu"), ("call", "us"), lines)
@@ -170,6 +182,11 @@ MEASUREMENTS = {
     ),
     "unfused": Measurement(
         run_unfused, OF_PROBLEMS | {"no_alternatives", "quick"}, "the unfused ops one by one"
+    ),
+    "scaling": Measurement(
+        run_scaling,
+        frozenset({"quick", "plot"}),
+        "ns a token and head, and page faults a call, of pictures of all sizes",
     ),
     "overhead": Measurement(run_overhead, frozenset(), "the cost of a call and of the import"),
     "memory": Measurement(
@@ -248,7 +265,9 @@ def parse_arguments(line: list[str] | None = None) -> argparse.Namespace:
         help="put the table between the marks <!-- benchmark WHAT --> of this page",
     )
     parser.add_argument("--json", type=Path, help="save the report")
-    parser.add_argument("--plot", type=Path, help="save a plot of the shares of peak")
+    parser.add_argument(
+        "--plot", type=Path, help="save a plot of the shares of peak, or of scaling"
+    )
     parser.add_argument("--compare", type=Path, help="exit with 1 if ratios fell since this report")
     parser.add_argument("--threshold", type=float, default=0.1, help="of --compare, a fraction")
     arguments = parser.parse_args(line)

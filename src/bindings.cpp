@@ -16,6 +16,8 @@
 #include <vector>
 
 #include "cpu/fork.hpp"
+#include "cpu/results.hpp"
+#include "cpu/scratch.hpp"
 #include "dispatch/dispatch.hpp"
 #include "dispatch/names.hpp"
 #include "natten/cpu/parallel.hpp"
@@ -181,6 +183,7 @@ void run(Kernel const& kernel, void (*Kernel::*on_cpu)(Arguments const&),
     arguments.num_threads = useful_threads(kernel, problem, arguments.num_threads);
     arguments.problem.tiles = problem.tiles_for_cpu();
     py::gil_scoped_release const released;
+    cpu::provide_pages(arguments, kernel.op);
     (kernel.*on_cpu)(arguments);
     return;
   }
@@ -410,5 +413,8 @@ PYBIND11_MODULE(_C, module) {
   natten::register_window(module);
   module.def("num_parallel_threads", &natten::num_parallel_threads, py::arg("num_threads"));
   module.def("set_least_work", &natten::set_least_work, py::arg("multiplications"));
+  module.def("before_fork", &natten::cpu::before_fork);
+  module.def("after_fork_in_parent", &natten::cpu::after_fork_in_parent);
   module.def("after_fork_in_child", &natten::cpu::after_fork_in_child);
+  module.def("release_scratch", &natten::cpu::release_scratch);
 }

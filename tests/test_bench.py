@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import report, unfused
+from bench import report, scaling, unfused
 from bench.__main__ import COMMON, MEASUREMENTS, parse_arguments
 from bench.cases import CASES, GPU_CASES, Case
 from bench.measure import FORWARD, FORWARD_BACKWARD, Effort, Row, measure
@@ -230,6 +230,43 @@ def test_unfused_ops_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(rows["qk"].seconds) == {OURS, "gather"}
     assert set(rows[FORWARD].seconds) == {OURS, "gather", "fused"}
     assert len(unfused.cells(list(rows.values()))[0]) == len(unfused.HEADER)
+
+
+def test_scaling_is_of_a_token_and_head(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three sides, each call, a table and a plot; what memory has no room for is left out."""
+    monkeypatch.setattr(scaling, "SIDES", (8, 16, 24))
+    monkeypatch.setattr(scaling, "WINDOWS", (3,))
+    monkeypatch.setattr(scaling, "BASE", 16)
+    monkeypatch.setattr(scaling, "available_bytes", lambda: 10 << 20)
+    monkeypatch.setattr("bench.measure.wall_clock", lambda run: (run() and None) or 1e-3)
+    too_large = scaling.problem_of(24, 3)
+    monkeypatch.setattr(
+        scaling, "bytes_of", lambda problem, call: (20 << 20) * (problem == too_large)
+    )
+    arguments = parse_arguments(["scaling", "--quick", "--plot", str(tmp_path / "plot.png")])
+    assert MEASUREMENTS["scaling"].run(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for call in scaling.CALLS:
+        (line,) = [line for line in lines if f" {call} " in line]
+        assert re.search(r"- \(-\)", line)
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_scaling_counts_page_faults() -> None:
+    pages = 64
+    counted = scaling.Counted(
+        lambda: torch.empty(pages * 4096 * 200, dtype=torch.uint8)[::4096].fill_(1)
+    )
+    counted()
+    assert counted.per_call[0] >= pages
+    row = scaling.Row(3, FORWARD, ns={32: 9.0, 64: 2.0, 128: 3.0, 256: 2.5}, faults={32: 0.0})
+    assert row.growth == pytest.approx(1.5)
+    assert scaling.cells([row], (32, 64, 512)) == [
+        ["3x3", FORWARD, "9 (0)", "2 (-)", "- (-)", "1.50"]
+    ]
+    assert scaling.Row(3, FORWARD, ns={32: 9.0}).growth is None
 
 
 def test_the_roofline_is_the_slower_of_arithmetic_and_memory() -> None:

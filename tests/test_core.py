@@ -419,7 +419,10 @@ def test_no_library_of_torch_is_linked() -> None:
 )
 def test_parallel_regions(tmp_path: Path, flags: tuple[str, ...]) -> None:
     binary = tmp_path / "parallel_test"
-    sources = [ROOT / "tests/parallel_test.cpp", ROOT / "src/cpu/parallel.cpp"]
+    sources = [
+        ROOT / name
+        for name in ("tests/parallel_test.cpp", "src/cpu/parallel.cpp", "src/cpu/scratch.cpp")
+    ]
     includes = [f"-I{ROOT / 'include'}", f"-I{ROOT / 'src'}"]
     command = [tool("c++"), "-std=c++17", "-O1", "-pthread", *flags, *includes, *sources, "-ldl"]
     subprocess.run([*command, "-o", binary], check=True, timeout=300)
@@ -432,6 +435,22 @@ def test_parallel_regions(tmp_path: Path, flags: tuple[str, ...]) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "passed\n"
+
+
+@pytest.mark.parametrize("boxes", [4, 5])
+def test_the_queue_of_lines_to_fetch_has_a_bound(tmp_path: Path, boxes: int) -> None:
+    source = tmp_path / "fetch.cpp"
+    given = ", ".join(["box"] * boxes)
+    source.write_text(f"""
+#define NATTEN_CPU_ISA test
+#include "natten/cpu/fetch.hpp"
+using namespace natten::cpu::test;
+void start(FetchAhead& fetch, Fetched const& box) {{ fetch.start({given}); }}
+""")
+    command = [tool("c++"), "-std=c++17", "-fsyntax-only", f"-I{ROOT / 'include'}", source]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == (boxes <= 4), done.stderr
+    assert ("no room for so many boxes" in done.stderr) == (boxes > 4), done.stderr
 
 
 # --- dispatch --------------------------------------------------------------------------------------------------------

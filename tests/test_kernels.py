@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import natten
+from bench.cases import Case
 from natten import _C
 from tests import oracle
 from tests.cases import FEATURES, NAMED, PAIRS, Problem, named_problem, random_problem
@@ -104,6 +105,51 @@ def test_anything_by_several_threads(seed, policy):
 @pytest.mark.parametrize("seed", range(3))
 def test_anything_large(rank, seed, policy):
     check(random_problem((f"rank{rank}",), seed, large=True), policy)
+
+
+# So large that the sums of what a step sees do not fit a thread's memory: in one pass for all gradients, a grid is cut into
+# blocks that overlap.
+WIDE = {
+    "line": named_problem(Case("", (1500,), (9,), heads=1), seed=0),
+    "bias, causal": named_problem(
+        Case("", (5, 260), (3, 4), heads=1), is_causal=(False, True), has_rpb=True, seed=1
+    ),
+    "grouped queries, dilation, zeros": named_problem(
+        Case("", (4, 340), (3, 5), heads=2),
+        heads_kv=1,
+        dilation=(1, 2),
+        boundary=("mask", "zeros"),
+        seed=2,
+    ),
+    "rank 3, boxes": named_problem(
+        Case("", (4, 6, 60), (3, 3, 3), heads=1),
+        query_box=((0, 4), (0, 6), (7, 50)),
+        key_box=((0, 4), (0, 6), (6, 52)),
+        boundary=("shift", "shift", "mask"),
+        has_rpb=True,
+        seed=3,
+    ),
+}
+
+
+@functools.cache
+def wide_expectation(name):
+    problem = replace(WIDE[name], head_dim=512, head_dim_value=500)
+    operands = problem.operands(torch.float32)
+    exact = oracle.run(lambda *t: oracle.dense(problem, t, torch.float64), operands)
+    return problem, operands, exact
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("isa", _C.cpu_isas())
+@pytest.mark.parametrize("name", WIDE)
+def test_wide(name, isa):
+    torch.set_num_threads(2)
+    problem, operands, exact = wide_expectation(name)
+    results = oracle.run(lambda *t: call(problem, t, f"fna:{isa}"), operands)
+    for what, result, right in zip(oracle.NAMES, results, exact, strict=True):
+        if right is not None:
+            oracle.assert_close(result, right, 2e-5 * right.abs().max().item(), what)
 
 
 @pytest.mark.parametrize("case", NAMED, ids=lambda case: case.name)

@@ -181,5 +181,14 @@ def num_parallel_threads(num_threads: int) -> int:
 def set_least_work(multiplications: float) -> float:
     """What a thread of a CPU kernel has to do at least; returns what it was. With 0, all threads always run (for tests)."""
 
+def before_fork() -> None:
+    """Nobody takes or returns scratch memory until one of the other two is called."""
+
+def after_fork_in_parent() -> None:
+    """The end of that."""
+
 def after_fork_in_child() -> None:
-    """The OpenMP pool did not survive the fork: later regions use threads of their own."""
+    """The OpenMP pool did not survive the fork: later regions use threads of their own, and new scratch memory."""
+
+def release_scratch() -> int:
+    """Returns scratch memory to the system, what is in use once it no longer is; how many bytes that is altogether."""

@@ -67,7 +67,11 @@ __version__ = "0.30.0"
 # There is no natten without its core.
 HAS_LIBNATTEN = True
 
-os.register_at_fork(after_in_child=_C.after_fork_in_child)
+os.register_at_fork(
+    before=_C.before_fork,
+    after_in_parent=_C.after_fork_in_parent,
+    after_in_child=_C.after_fork_in_child,
+)
 
 # Parts that few callers need, imported when they are asked for.
 _LAZY = (

@@ -107,12 +107,11 @@ def launch(
 
 def _run(run: Any, query: Tensor, workspace_bytes: int, *arguments: Any) -> None:
     """Calls the core, for CUDA tensors on their device's current stream, with memory from torch's allocator."""
-    if query.is_cpu and workspace_bytes == 0:
-        run(*arguments, torch.get_num_threads())
-        return
-    workspace = query.new_empty(workspace_bytes + _WORKSPACE_ALIGNMENT, dtype=torch.uint8)
-    address = -(-workspace.data_ptr() // _WORKSPACE_ALIGNMENT) * _WORKSPACE_ALIGNMENT
-    if query.is_cpu:  # CUDA kernels in emulation
+    address = 0
+    if workspace_bytes > 0:
+        workspace = query.new_empty(workspace_bytes + _WORKSPACE_ALIGNMENT, dtype=torch.uint8)
+        address = -(-workspace.data_ptr() // _WORKSPACE_ALIGNMENT) * _WORKSPACE_ALIGNMENT
+    if query.is_cpu:  # only CUDA kernels in emulation have a workspace
         run(*arguments, torch.get_num_threads(), 0, 0, address)
         return
     with torch.cuda.device(query.device):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from natten import _dispatch
+from natten import _C, _dispatch
 from natten._capabilities import (
     has_bfloat,
     has_cuda,
@@ -74,6 +74,7 @@ __all__ = [
     "is_memory_usage_unrestricted",
     "is_tf32_in_gemm_na_enabled",
     "is_tiled_na_enabled",
+    "release_scratch_memory",
     "set_memory_usage_preference",
     "use_autotuner",
     "use_deterministic_algorithms",
@@ -235,6 +236,23 @@ def is_memory_usage_strict() -> bool:
 def is_memory_usage_unrestricted() -> bool:
     """Whether the preference is "unrestricted"."""
     return NattenContext.training_memory_preference is MemoryUsagePreference.Unrestricted
+
+
+def release_scratch_memory() -> int:
+    """Returns to the system what kernels for the CPU keep from call to call, so that memory is not made anew for each.
+
+    That is at most 16 MB a thread, and a few usually. What a call in another thread is using is returned when it ends. Later
+    calls take new memory. A forked child has nothing of its parent's.
+
+    Returns:
+        The bytes that were kept or in use.
+
+    Example:
+        >>> _ = natten.release_scratch_memory()
+        >>> natten.release_scratch_memory()
+        0
+    """
+    return _C.release_scratch()
 
 
 def use_deterministic_algorithms(mode: bool = True) -> None:

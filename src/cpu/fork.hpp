@@ -3,8 +3,11 @@
 
 namespace natten::cpu {
 
-// Says that this process is a forked child. The threads of its parent's OpenMP pool did not survive, and a region would
-// wait for them for ever: later regions start threads of their own.
+// Around a fork. The threads of the parent's OpenMP pool do not survive in the child, and a region would wait for them for
+// ever: its regions start threads of their own. Nor does it have its parent's scratch memory. In the child, the last one may
+// be called alone.
+void before_fork();
+void after_fork_in_parent();
 void after_fork_in_child();
 
 }  // namespace natten::cpu

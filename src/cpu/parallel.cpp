@@ -5,18 +5,25 @@
 
 #include <atomic>
 #include <exception>
-#include <memory>
 #include <mutex>
-#include <new>
 #include <system_error>
 #include <thread>
 #include <vector>
 
 #include "cpu/fork.hpp"
+#include "cpu/scratch.hpp"
 
 namespace natten::cpu {
 
 namespace {
+
+// Runs the body of a region on the calling thread.
+void run(ParallelBody body, void* context, int thread) {
+  struct AtTheEnd {
+    ~AtTheEnd() { return_thread_workspace(); }
+  } const at_the_end;
+  body(context, thread);
+}
 
 class Region {
  public:
@@ -26,7 +33,7 @@ class Region {
   // were asked for (nested regions, OMP_DYNAMIC).
   void enter() {
     try {
-      body_(context_, next_thread_.fetch_add(1, std::memory_order_relaxed));
+      run(body_, context_, next_thread_.fetch_add(1, std::memory_order_relaxed));
     } catch (...) {
       std::lock_guard const lock(mutex_);
       if (!exception_) exception_ = std::current_exception();
@@ -75,23 +82,10 @@ void run_on_own_threads(int num_threads, Region& region) {
   for (auto& thread : threads) thread.join();
 }
 
-constexpr std::align_val_t kAlignment{64};
-
-struct Release {
-  void operator()(void* memory) const { ::operator delete(memory, kAlignment); }
-};
-
-struct Workspace {
-  std::unique_ptr<void, Release> memory;
-  std::size_t size = 0;
-};
-
-thread_local Workspace workspace;
-
 }  // namespace
 
 void parallel_region(int num_threads, ParallelBody body, void* context) {
-  if (num_threads <= 1) return body(context, 0);
+  if (num_threads <= 1) return run(body, context, 0);
   Region region(body, context);
   if (auto const parallel = gomp_parallel()) {
     parallel([](void* data) { static_cast<Region*>(data)->enter(); }, &region, static_cast<unsigned>(num_threads), 0);
@@ -101,16 +95,13 @@ void parallel_region(int num_threads, ParallelBody body, void* context) {
   region.rethrow();
 }
 
-void* thread_workspace(std::size_t bytes) {
-  if (bytes > workspace.size) {
-    workspace.memory.reset();
-    workspace.size = 0;
-    workspace.memory.reset(::operator new(bytes, kAlignment));
-    workspace.size = bytes;
-  }
-  return workspace.memory.get();
-}
+void before_fork() { lock_scratch(); }
 
-void after_fork_in_child() { pool_is_dead.store(true, std::memory_order_relaxed); }
+void after_fork_in_parent() { unlock_scratch(); }
+
+void after_fork_in_child() {
+  pool_is_dead.store(true, std::memory_order_relaxed);
+  forget_scratch();
+}
 
 }  // namespace natten::cpu

@@ -6,6 +6,12 @@
 
 namespace natten::cpu::NATTEN_CPU_ISA {
 
+// Where the gradient of a head's bias is added to, and the lanes that it is of.
+struct BiasGradient {
+  float* table = nullptr;  // null for none
+  std::uint32_t lanes = 0;
+};
+
 // Entry key position - query position + kernel_size - 1 per axis. Flattened, the index is linear in both positions, so
 // that a lane's part and the streamed token's part are computed apart and added.
 class Bias {
@@ -43,9 +49,9 @@ class Bias {
     return table_ + (lanes_[lane] + center_ + z * step_[0] + y * step_[1] + x * step_[2]);
   }
   // Adds the gradient of the logits; that of lanes which do not take part is 0. No two other lanes share an entry.
-  NATTEN_INLINE void scatter(int z, int y, IntVec x, IntVec keep, Vec gradient, float* to) const {
+  NATTEN_INLINE void scatter(int z, int y, IntVec x, IntVec keep, Vec gradient, BiasGradient const& to) const {
     IntVec const i = index(z, y, x, keep);
-    for (int l = 0; l < kLanes; ++l) to[i[l]] += gradient[l];
+    for (int l = 0; l < kLanes; ++l) to.table[i[l]] += (to.lanes >> l) & 1u ? gradient[l] : 0.0f;
   }
 
   static std::int64_t table_size(Problem const& problem) {

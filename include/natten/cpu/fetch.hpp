@@ -6,25 +6,55 @@
 
 namespace natten::cpu::NATTEN_CPU_ISA {
 
-// Boxes of tokens, a few lines at a time between products: more at once than a core can wait for stall what comes after them.
-class FetchAhead {
- public:
-  void start() { first_ = end_ = 0; }
+// A box of tokens of `dim` elements. Those that may be written are fetched to be owned.
+struct Fetched {
+  char const* origin = nullptr;  // null if there is nothing to fetch
+  char const* next = nullptr;
+  std::int64_t step[kMaxRank] = {0, 0, 0};
+  int size[kMaxRank] = {0, 0, 0};
+  int at[kMaxRank] = {0, 0, 0};
+  int bytes = 0;
+  bool is_written = false;
 
-  // Tokens of `dim` elements. Those that may be written are fetched to be owned.
+  Fetched() = default;
   template <class T>
-  void add(GroupView<T> const& view, Interval const (&box)[kMaxRank], int dim) {
+  Fetched(GroupView<T> const& view, Interval const (&box)[kMaxRank], int dim) {
     if (view.bypasses_caches) return;
     if (box[0].empty() || box[1].empty() || box[2].empty() || dim == 0) return;
-    Tokens& tokens = queue_[end_++];
     for (int a = 0; a < kMaxRank; ++a) {
-      tokens.step[a] = view.step[a] * static_cast<std::int64_t>(sizeof(T));
-      tokens.size[a] = box[a].size();
-      tokens.at[a] = 0;
+      step[a] = view.step[a] * static_cast<std::int64_t>(sizeof(T));
+      size[a] = box[a].size();
     }
-    tokens.origin = tokens.next = reinterpret_cast<char const*>(view.at(box[0].begin, box[1].begin, box[2].begin));
-    tokens.bytes = dim * static_cast<int>(sizeof(T));
-    tokens.is_written = !std::is_const<T>::value;
+    origin = next = reinterpret_cast<char const*>(view.at(box[0].begin, box[1].begin, box[2].begin));
+    bytes = dim * static_cast<int>(sizeof(T));
+    is_written = !std::is_const<T>::value;
+  }
+
+  // Returns false behind the last token.
+  bool advance() {
+    next += step[2];
+    if (++at[2] < size[2]) return true;
+    at[2] = 0;
+    if (++at[1] == size[1]) {
+      at[1] = 0;
+      if (++at[0] == size[0]) return false;
+    }
+    next = origin + at[0] * step[0] + at[1] * step[1];
+    return true;
+  }
+};
+
+// Fetches boxes a few lines at a time between products: more at once than a core can wait for stall what comes after them.
+class FetchAhead {
+ public:
+  static constexpr int kMaxBoxes = 4;
+
+  // Forgets what was to be fetched.
+  template <class... Boxes>
+  void start(Boxes const&... boxes) {
+    static_assert(sizeof...(Boxes) <= kMaxBoxes, "the queue has no room for so many boxes");
+    first_ = end_ = 0;
+    (add(boxes), ...);
   }
 
   NATTEN_INLINE void some() {
@@ -37,32 +67,13 @@ class FetchAhead {
  private:
   static constexpr int kLines = 16;
 
-  struct Tokens {
-    char const* origin;
-    char const* next;
-    std::int64_t step[kMaxRank];
-    int size[kMaxRank];
-    int at[kMaxRank];
-    int bytes;
-    bool is_written;
-
-    // Returns false behind the last.
-    bool advance() {
-      next += step[2];
-      if (++at[2] < size[2]) return true;
-      at[2] = 0;
-      if (++at[1] == size[1]) {
-        at[1] = 0;
-        if (++at[0] == size[0]) return false;
-      }
-      next = origin + at[0] * step[0] + at[1] * step[1];
-      return true;
-    }
-  };
+  void add(Fetched const& box) {
+    if (box.origin != nullptr) queue_[end_++] = box;
+  }
 
   void fetch(int lines) {
     while (lines > 0 && first_ < end_) {
-      Tokens& tokens = queue_[first_];
+      Fetched& tokens = queue_[first_];
       for (int i = 0; i < tokens.bytes; i += kLineBytes, --lines) {
         if (tokens.is_written) __builtin_prefetch(tokens.next + i, 1);
         else __builtin_prefetch(tokens.next + i, 0);
@@ -71,7 +82,7 @@ class FetchAhead {
     }
   }
 
-  Tokens queue_[4];
+  Fetched queue_[kMaxBoxes];
   int first_ = 0;
   int end_ = 0;
 };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Fused neighborhood attention, backward: one pass where a thread can own a head and sum the gradients of both sides, over query
-// tiles if they slide, else over key tiles; otherwise a pass over each.
+// Fused neighborhood attention, backward: one pass where there is room for the sums of the side that is streamed, over query tiles
+// if they slide, else over key tiles; otherwise a pass over each.
 #pragma once
 
 #include "natten/cpu/fna_forward.hpp"
@@ -44,9 +44,9 @@ inline bool has_coarse_lse(BackwardArguments const& arguments) {
 template <class Math>
 void compute_gradients(GradArguments const& arguments) {
   if (grad_query_with_keys<Math>(arguments)) return;
-  GradKeyValue<Math> const whole_heads(arguments, KeySource::kWindow, /*num_threads=*/1);
-  if (whole_heads.can_run_with_query()) {
-    whole_heads.run_with_query();
+  GradKeyValue<Math> const with_query(arguments, KeySource::kWindow, /*num_threads=*/1, /*with_query=*/true);
+  if (with_query.can_run_with_query()) {
+    with_query.run_with_query();
     return;
   }
   grad_query<Math>(arguments);

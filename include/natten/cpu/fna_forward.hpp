@@ -42,8 +42,7 @@ class Forward {
     auto const query = query_view<Storage const>(problem_, arguments.query, c.item.groups, c.item.batch, c.head);
     load_lanes<Math>(query, c.tile, problem_.head_dim, lanes_ + c.index * lanes_step());
     if (c.index > 0) return;
-    c.fetch.add(query, c.next, problem_.head_dim);
-    c.fetch_own(output_of(c), problem_.head_dim_value);
+    c.fetch.start(Fetched(query, c.next, problem_.head_dim), Fetched(output_of(c), c.own, problem_.head_dim_value));
   }
 
   void attend(TileContext const& c, KeyStream<Math> const& stream, Tile const& tile, Bias const& bias,

@@ -31,7 +31,7 @@ class Av {
 
   void load(TileContext const& c) {
     rows_.point_to(arguments.problem, weights_tensor_, c);
-    c.fetch_own(output_of(c), arguments.problem.head_dim);
+    c.fetch.start(Fetched(output_of(c), c.own, arguments.problem.head_dim));
   }
 
   void attend(TileContext const& c, KeyStream<Math> const& stream, Tile const& tile, Bias const&, float* state) const {

@@ -33,7 +33,7 @@ class Qk {
     auto const query =
         query_view<Storage const>(arguments.problem, arguments.query, c.item.groups, c.item.batch, c.head);
     load_lanes<Math>(query, c.tile, arguments.problem.head_dim, lanes_);
-    c.fetch.add(query, c.next, arguments.problem.head_dim);
+    c.fetch.start(Fetched(query, c.next, arguments.problem.head_dim));
     rows_.point_to(arguments.problem, weights_, c);
   }
 

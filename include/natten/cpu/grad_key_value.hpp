@@ -2,7 +2,7 @@
 // Fused neighborhood attention, backward, gradients of key and value: key tiles in lanes, and the queries of their inverse
 // windows streamed. Every gradient is summed by one thread in one order: deterministic, no atomics.
 //
-// Where one thread walks all keys of a head, the gradient of the query is summed in the same pass: 5 products instead of 7.
+// Where there is room for the sums, the gradient of the query is summed in the same pass: 5 products instead of 7.
 #pragma once
 
 #include "natten/cpu/grad_query.hpp"
@@ -18,8 +18,8 @@ class GradKeyValue {
  public:
   using Storage = typename Math::Storage;
 
-  // `num_threads`: 1 keeps the keys of a head together.
-  GradKeyValue(GradArguments const& arguments, KeySource source, int num_threads)
+  // `num_threads`: 1 keeps the keys of a head together. `with_query`: for run_with_query().
+  GradKeyValue(GradArguments const& arguments, KeySource source, int num_threads, bool with_query = false)
       : arguments_(arguments),
         problem_(arguments.problem),
         levels_(problem_),
@@ -30,7 +30,8 @@ class GradKeyValue {
         token_words_(PackedTensor<Math>::token_words(problem_.head_dim) +
                      PackedTensor<Math>::token_words(problem_.head_dim_value)),
         schedule_(tiles_, Side::kKey, 4 * token_words_ + sizeof(QueryStats), 4 * (row_k_ + row_v_),
-                  /*allow_ring=*/source == KeySource::kWindow, /*may_slide=*/false, num_threads) {}
+                  /*allow_ring=*/source == KeySource::kWindow, /*may_slide=*/false, num_threads,
+                  with_query ? 4 * row_k_ * problem_.group_size() : 0) {}
 
   void run() const {
     for_each_item(schedule_.items, arguments_.num_threads, [this](std::int64_t i) {
@@ -44,21 +45,18 @@ class GradKeyValue {
     });
   }
 
-  // With the gradients of the query and of the bias; one unit of work is a dilation group of a head.
+  // With the gradients of the query and of the bias.
   void run_with_query() const {
-    std::int64_t const groups = schedule_.groups_per_head();
-    for_each_unit(arguments_, problem_.batch * groups, [&](std::int64_t unit, int head_kv, float* d_bias) {
-      run_unit((unit / groups * problem_.heads_kv + head_kv) * groups + unit % groups, d_bias);
+    std::int64_t const items_per_head = schedule_.blocks_per_group() * schedule_.groups_per_head();  // and batch entry
+    for_each_unit(arguments_, problem_.batch * items_per_head, [&](std::int64_t unit, int head_kv, float* d_bias) {
+      run_unit((unit / items_per_head * problem_.heads_kv + head_kv) * items_per_head + unit % items_per_head, d_bias);
     });
   }
 
-  // Whether there is a unit for every thread, there is room for its sums, and they reach every query.
+  // Whether there is work for every thread, and room for the sums of blocks that are not too narrow.
   bool can_run_with_query() const {
-    if (problem_.additional_keys > 0 || !streams_all(problem_, Side::kKey)) return false;
-    Schedule::Item const item = schedule_.item(tiles_, 0);
-    std::int64_t const sums = problem_.group_size() * sums_of(item, Walk(schedule_, item, Math::kPerWord)).floats();
-    std::int64_t const units = problem_.batch * problem_.heads_kv * schedule_.groups_per_head();
-    return 4 * sums <= kSumBytes && keeps_busy(arguments_.num_threads, units);
+    return problem_.additional_keys == 0 && schedule_.has_ring && schedule_.can_complete_stream(tiles_) &&
+           keeps_busy(arguments_.num_threads, schedule_.items);
   }
 
  private:
@@ -129,43 +127,20 @@ class GradKeyValue {
     return result_view(arguments_.d_value, arguments_.d_additional_values, item, problem_.head_dim_value);
   }
 
-  bool is_one_item() const { return schedule_.blocks_per_group() == 1; }
-
-  TokenSums sums_of(Schedule::Item const& item, Walk const& walk) const {
+  void run_unit(std::int64_t index, float* d_bias) const {
+    Schedule::Item const item = schedule_.item(tiles_, index);
+    if (item.empty) return;
+    Walk const walk(schedule_, item, Math::kPerWord);
     TokenSums sums;
     sums.row = row_k_;
-    for (int a = 0; a < kMaxRank; ++a) sums.box[a] = item.groups[a].queries;
-    sums.ring = is_one_item() ? walk.ring() : max(1, sums.box[0].size());
-    return sums;
-  }
-
-  void run_unit(std::int64_t unit, float* d_bias) const {
-    std::int64_t const first = unit * schedule_.blocks_per_group();
-    auto const for_each_item_of_unit = [&](auto const& use) {
-      for (std::int64_t i = first; i < first + schedule_.blocks_per_group(); ++i) {
-        Schedule::Item const item = schedule_.item(tiles_, i);
-        if (!item.empty) use(item, Walk(schedule_, item, Math::kPerWord));
-      }
-    };
-    TokenSums sums;
-    std::int64_t bytes = 0;
-    for_each_item_of_unit([&](Schedule::Item const& item, Walk const& walk) {
-      sums = sums_of(item, walk);
-      Arena counter(nullptr);
-      counter.take<float>(problem_.group_size() * sums.floats());
-      take_memory(counter, walk);
-      bytes = counter.used() > bytes ? counter.used() : bytes;
-    });
-    if (bytes == 0) return;
-    void* const workspace = thread_workspace(bytes);
-    sums.data = static_cast<float*>(workspace);
-    if (!is_one_item()) clear_sums(sums, sums.box[0]);
-    for_each_item_of_unit([&](Schedule::Item const& item, Walk const& walk) {
-      Arena arena(workspace);
-      arena.take<float>(problem_.group_size() * sums.floats());
-      run_item(item, walk, take_memory(arena, walk), sums, d_bias);
-    });
-    if (!is_one_item()) store_sums(schedule_.item(tiles_, first), sums, sums.box[0]);
+    sums.ring = walk.ring();
+    for (int a = 0; a < kMaxRank; ++a) sums.box[a] = stream_of(item.groups[a], Side::kKey, item.block[a]);
+    Arena counter(nullptr);
+    counter.take<float>(problem_.group_size() * sums.floats());
+    take_memory(counter, walk);
+    Arena arena(thread_workspace(counter.used()));
+    sums.data = arena.take<float>(problem_.group_size() * sums.floats());
+    run_item(item, walk, take_memory(arena, walk), sums, d_bias);
   }
 
   void clear_sums(TokenSums sums, Interval slices) const {
@@ -176,7 +151,8 @@ class GradKeyValue {
     for (int h = 0; h < problem_.group_size(); ++h, sums.data += sums.floats()) {
       auto const d_query = query_result<Storage>(arguments_, arguments_.d_query, item.groups, item.batch,
                                                  item.head_kv * problem_.group_size() + h, problem_.head_dim);
-      sums.store(d_query, slices, problem_.head_dim, static_cast<float>(problem_.scale));
+      Interval const tokens[kMaxRank] = {slices.clipped_to(item.share[0]), item.share[1], item.share[2]};
+      sums.store(d_query, tokens, problem_.head_dim, static_cast<float>(problem_.scale));
     }
   }
 
@@ -189,7 +165,7 @@ class GradKeyValue {
     Interval in_reach = {sums.box[0].begin, sums.box[0].begin};  // slices of the query whose sums are in the ring
 
     walk.for_each_step([&](Interval const(&block)[kMaxRank]) {
-      if (sums && is_one_item()) {
+      if (sums) {
         move_reach(
             in_reach, walk.slices_of(block), [&](Interval slices) { clear_sums(sums, slices); },
             [&](Interval slices) { store_sums(item, sums, slices); });
@@ -218,7 +194,8 @@ class GradKeyValue {
             bool const nonfinite_rows = load(item, tile, block, memory, /*as_rows=*/bool(sums));
             Bias const bias =
                 source_ == KeySource::kWindow ? Bias(problem_, arguments_.rpb, head, tile, Side::kKey) : Bias();
-            float* const d_table = d_bias != nullptr ? d_bias + head * Bias::table_size(problem_) : nullptr;
+            BiasGradient d_table;
+            if (d_bias != nullptr) d_table = {d_bias + head * Bias::table_size(problem_), item.own_lanes(tile)};
             attend(tile, stream, bias, d_table, head_sums, nonfinite_rows, memory, state);
             if (one_piece) finish(item, tile, state);
           });
@@ -244,7 +221,7 @@ class GradKeyValue {
         finish(item, Tile(schedule_.tile, corner, block, intervals), state_of(tile_index));
       });
     });
-    if (sums && is_one_item()) store_sums(item, sums, in_reach);
+    if (sums) store_sums(item, sums, in_reach);
   }
 
   template <class Visit>
@@ -315,10 +292,9 @@ class GradKeyValue {
     int const end = tile.box[2].end;
     Interval const next[kMaxRank] = {tile.box[0], tile.box[1], {end, min(end + schedule_.tile.size[2], block[2].end)}};
     FetchAhead fetch;
-    fetch.add(key, next, problem_.head_dim);
-    fetch.add(value, next, problem_.head_dim_value);
-    fetch.add(d_key_of(item), tile.box, problem_.head_dim);
-    fetch.add(d_value_of(item), tile.box, problem_.head_dim_value);
+    fetch.start(Fetched(key, next, problem_.head_dim), Fetched(value, next, problem_.head_dim_value),
+                Fetched(d_key_of(item), tile.box, problem_.head_dim),
+                Fetched(d_value_of(item), tile.box, problem_.head_dim_value));
     fetch.all();
     return as_rows && load_lane_rows<Math>(key, tile, problem_.head_dim, key_rows(memory));
   }
@@ -327,7 +303,7 @@ class GradKeyValue {
     return Operand(memory.key_rows, problem_.head_dim, kLanes / Math::kPerWord);
   }
 
-  void attend(Tile const& tile, QueryStream const& stream, Bias const& bias, float* d_bias, TokenSums const& sums,
+  void attend(Tile const& tile, QueryStream const& stream, Bias const& bias, BiasGradient d_bias, TokenSums const& sums,
               bool nonfinite_rows, Memory const& memory, float* state) const {
     Levels const levels = levels_;
     int const max_tokens = chunk_tokens(2 * sizeof(Vec) + 4 * (stream.query.sum.words + stream.d_output.sum.words));
@@ -348,7 +324,7 @@ class GradKeyValue {
           Vec const d_logit = weight * (d_weights[t] - stats.delta);
           weights[t] = keep ? weight : Vec{};
           d_weights[t] = keep ? d_logit : Vec{};
-          if (bias && d_bias != nullptr) bias.scatter(chunk.z[r], chunk.y[r], x, keep, d_weights[t], d_bias);
+          if (bias && d_bias.table != nullptr) bias.scatter(chunk.z[r], chunk.y[r], x, keep, d_weights[t], d_bias);
         }
       }
       if (sums) add_to_queries(tile, chunk, sums, nonfinite_rows, memory);
@@ -402,9 +378,10 @@ class GradKeyValue {
   }
 
   void finish(Schedule::Item const& item, Tile const& tile, float const* state) const {
-    store_lanes(d_key_of(item), tile, problem_.head_dim, state, row_k_,
+    std::uint32_t const own = item.own_lanes(tile);
+    store_lanes(d_key_of(item), tile, own, problem_.head_dim, state, row_k_,
                 [&](int) { return static_cast<float>(problem_.scale); });
-    store_lanes(d_value_of(item), tile, problem_.head_dim_value, state + kLanes * row_k_, row_v_,
+    store_lanes(d_value_of(item), tile, own, problem_.head_dim_value, state + kLanes * row_k_, row_v_,
                 [](int) { return 1.0f; });
   }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Fused neighborhood attention, backward, gradients of the query and of the bias table: query tiles in lanes, like forward, with
-// the weights recomputed from LSE. Where an item has all queries of a key head, it sums the gradients of keys and values, too.
+// the weights recomputed from LSE. Where an item has all queries that attend to some keys, it sums the gradients of these, too.
 #pragma once
 
 #include "natten/cpu/query_blocks.hpp"
@@ -69,7 +69,7 @@ class GradQuery {
 
   // Where this pass adds the gradient of the bias: [heads][table]; null for none.
   void set_bias_gradient(float* d_bias) { d_bias_ = d_bias; }
-  // Lets an item, which has all queries of a key head, sum the gradients of its keys and values, too. `tokens`: of its ring.
+  // Lets an item sum the gradients of keys and values, too, and store those of its share. `tokens`: of its ring.
   void set_key_tokens(std::int64_t tokens) { key_tokens_ = tokens; }
 
   void take_scratch(Arena& arena) {
@@ -103,10 +103,9 @@ class GradQuery {
                                               Sums::rows_of(d_output_rows_, c.index, problem_.head_dim_value));
     }
     if (c.index == 0) {
-      c.fetch.add(query, c.next, problem_.head_dim);
-      c.fetch.add(d_output, c.next, problem_.head_dim_value);
-      c.fetch.add(view(arguments.output), c.next, problem_.head_dim_value);
-      c.fetch_own(d_query_of(c), problem_.head_dim);
+      c.fetch.start(Fetched(query, c.next, problem_.head_dim), Fetched(d_output, c.next, problem_.head_dim_value),
+                    Fetched(view(arguments.output), c.next, problem_.head_dim_value),
+                    Fetched(d_query_of(c), c.own, problem_.head_dim));
     }
     Vec& origin = origin_[c.index];
     Vec& lse2 = lse2_[c.index];
@@ -164,7 +163,7 @@ class GradQuery {
   }
 
   void finish(TileContext const& c, float* state) const {
-    store_lanes(d_query_of(c), c.tile, problem_.head_dim, state, row_k_,
+    store_lanes(d_query_of(c), c.tile, c.item.own_lanes(c.tile), problem_.head_dim, state, row_k_,
                 [&](int) { return static_cast<float>(problem_.scale); });
   }
 
@@ -183,15 +182,16 @@ class GradQuery {
   // Makes, of the products of a chunk, q k and dO v, weights p and the gradients of logits ds.
   void weigh(TileContext const& c, int index, Chunk const& chunk, Tile const& tile, Bias const& bias, Vec* weights,
              Vec* d_weights) const {
-    float* const d_bias = d_bias_ != nullptr ? d_bias_ + c.head * Bias::table_size(problem_) : nullptr;
+    BiasGradient d_bias;
+    if (d_bias_ != nullptr) d_bias = {d_bias_ + c.head * Bias::table_size(problem_), c.item.own_lanes(tile)};
     if (tile.takes_all(chunk)) weigh<true>(index, chunk, tile, bias, d_bias, weights, d_weights);
     else weigh<false>(index, chunk, tile, bias, d_bias, weights, d_weights);
   }
 
   // `kIsWhole`: all lanes take part in all slots.
   template <bool kIsWhole>
-  void weigh(int index, Chunk const& chunk, Tile const& tile, Bias const& bias, float* d_bias, Vec* weights,
-             Vec* d_weights) const {
+  void weigh(int index, Chunk const& chunk, Tile const& tile, Bias const& bias, BiasGradient const& d_bias,
+             Vec* weights, Vec* d_weights) const {
     Levels const levels = levels_;
     Vec const origin = origin_[index], lse2 = lse2_[index], delta = delta_[index];
     UintVec const place = tile.place(chunk.first() + chunk.x);
@@ -207,7 +207,7 @@ class GradQuery {
         Vec const d_logit = weight * (*d - delta);
         *s = kIsWhole || keep ? weight : Vec{};
         *d = kIsWhole || keep ? d_logit : Vec{};
-        if (bias && d_bias != nullptr) bias.scatter(chunk.z[r], chunk.y[r], x, keep, *d, d_bias);
+        if (bias && d_bias.table != nullptr) bias.scatter(chunk.z[r], chunk.y[r], x, keep, *d, d_bias);
       }
     }
   }
@@ -244,8 +244,9 @@ class GradQuery {
       return key_result<Storage>(arguments, tensor, item.groups, item.batch, item.head_kv, dim);
     };
     int const dim = problem_.head_dim, dim_value = problem_.head_dim_value;
-    d_key_.store(view(arguments.d_key, dim), slices, dim, static_cast<float>(problem_.scale));
-    d_value_.store(view(arguments.d_value, dim_value), slices, dim_value, 1.0f);
+    Interval const keys[kMaxRank] = {slices.clipped_to(item.share[0]), item.share[1], item.share[2]};
+    d_key_.store(view(arguments.d_key, dim), keys, dim, static_cast<float>(problem_.scale));
+    d_value_.store(view(arguments.d_value, dim_value), keys, dim_value, 1.0f);
   }
 
   Problem const& problem_;
@@ -295,17 +296,17 @@ void grad_query(GradArguments const& arguments) {
   run_grad_query(arguments, blocks, /*with_keys=*/false);
 }
 
-// All gradients in one pass, where keys slide past more than a line, a thread can own all queries of a head, there is a head for
-// every thread, and room for the sums. Returns whether that is so.
+// All gradients in one pass, where keys slide past more than a line, there is work for every thread, and room for the sums of
+// blocks that are not too narrow. Returns whether that is so.
 template <class Math>
 bool grad_query_with_keys(GradArguments const& arguments) {
   using Pass = GradQuery<Math>;
   Problem const& problem = arguments.problem;
-  if (problem.additional_keys > 0 || has_lines(problem) || !streams_all(problem, Side::kQuery)) return false;
+  if (problem.additional_keys > 0 || has_lines(problem)) return false;
   Pass const pass(arguments);
-  QueryBlocks<Math> const blocks(problem, pass.state_floats(), Pass::kNeeds, Pass::kSlides, /*num_threads=*/1);
-  if (!blocks.slides() || blocks.blocks_per_group() > 1) return false;
-  if (4 * blocks.ring_tokens(0) * pass.key_floats() > kSumBytes) return false;
+  QueryBlocks<Math> const blocks(problem, pass.state_floats(), Pass::kNeeds, Pass::kSlides, /*num_threads=*/1,
+                                 pass.key_floats());
+  if (!blocks.slides() || !blocks.can_complete_sums()) return false;
   if (!keeps_busy(arguments.num_threads, blocks.items())) return false;
   run_grad_query(arguments, blocks, /*with_keys=*/true);
   return true;

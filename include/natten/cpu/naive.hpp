@@ -317,7 +317,13 @@ class NaiveBackward {
   using Real = Accumulator<Storage>;
 
   explicit NaiveBackward(BackwardArguments const& arguments)
-      : a_(arguments), grid_(arguments.problem), stats_(problem_.batch * grid_.num_queries() * problem_.heads) {}
+      : a_(arguments),
+        grid_(arguments.problem),
+        num_rows_(problem_.batch * grid_.num_queries() * problem_.heads),
+        stats_(static_cast<RowStats*>(take_scratch(num_rows_ * sizeof(RowStats)))) {}
+  ~NaiveBackward() { return_scratch(stats_); }
+  NaiveBackward(NaiveBackward const&) = delete;
+  NaiveBackward& operator=(NaiveBackward const&) = delete;
 
   void run() {
     compute_stats();
@@ -365,7 +371,7 @@ class NaiveBackward {
   // body(batch, head, x, token) for every row of the query tensor.
   template <class Body>
   void for_each_query_row(Body const& body) const {
-    for_each_task(a_.num_threads, static_cast<std::int64_t>(stats_.size()), [&](std::int64_t task) {
+    for_each_task(a_.num_threads, num_rows_, [&](std::int64_t task) {
       TaskIndex index{task};
       int const head = index.take(problem_.heads);
       int x[kMaxRank];
@@ -538,7 +544,8 @@ class NaiveBackward {
   Problem const& problem_ = a_.problem;
   Tensors<Storage, BackwardArguments> const t_{a_};
   Grid grid_;
-  std::vector<RowStats> stats_;  // of every row of the query tensor
+  std::int64_t num_rows_;  // of the query tensor
+  RowStats* stats_;        // of every row
 };
 
 template <class Storage>

@@ -9,12 +9,16 @@ namespace natten::cpu {
 
 // Runs body(context, thread) on `num_threads` threads, thread = 0 .. num_threads - 1, the caller among them, and waits.
 // Uses the OpenMP pool that the process already has (torch's), without linking one. An exception thrown by a body is
-// rethrown here after all threads are done.
+// rethrown here after all threads are done. Regions are not nested.
 using ParallelBody = void (*)(void* context, int thread);
 void parallel_region(int num_threads, ParallelBody body, void* context);
 
-// Scratch memory of the calling thread, 64-byte aligned, kept from call to call (fresh pages would cost more than
-// small problems take). Valid until the thread's next call. Throws std::bad_alloc.
+// Scratch memory, 64-byte aligned, from blocks that are kept from call to call (fresh pages would cost more than small
+// problems take). Throws std::bad_alloc.
+void* take_scratch(std::size_t bytes);
+void return_scratch(void* memory);
+
+// The same for the calling thread of a region: valid until its next call, or else the end of the region.
 void* thread_workspace(std::size_t bytes);
 
 }  // namespace natten::cpu

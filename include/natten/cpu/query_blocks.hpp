@@ -73,15 +73,9 @@ struct TileContext {
   Tile const& tile;
   int head;
   bool is_line;  // whether the panel's tiles are neighbours on the last axis
+  Interval const (&own)[kMaxRank];  // tokens of the panel; results are fetched, too, as a store that misses stalls
   Interval const (&next)[kMaxRank];  // tokens of the panel that follows; none behind the last
-  FetchAhead& fetch;  // for the pass, a panel at a time
-
-  // Lines of the panel's own tokens: of results, as a store that misses stalls.
-  template <class T>
-  void fetch_own(GroupView<T> const& view, int dim) const {
-    Interval const own[kMaxRank] = {panel.box(0), panel.box(1), panel.box(2)};
-    fetch.add(view, own, dim);
-  }
+  FetchAhead& fetch;  // for the pass, which starts it with the first tile of a panel
 };
 
 // Which operands of the stream a pass multiplies with.
@@ -100,8 +94,9 @@ class QueryBlocks {
  public:
   using Storage = typename Math::Storage;
 
+  // `sum_floats`: of what a pass sums up for a token of the stream; if there are sums, an item completes those of its share.
   QueryBlocks(Problem const& problem, std::int64_t state_floats, StreamNeeds const& needs, bool may_slide,
-              int num_threads)
+              int num_threads, std::int64_t sum_floats = 0)
       : problem_(problem),
         state_floats_(state_floats),
         needs_(needs),
@@ -110,11 +105,12 @@ class QueryBlocks {
         schedule_(problem, Side::kQuery,
                   4 * (token_words_ + (may_slide && kCanSlide && problem.tiles.queries_slide ? second_operands() : 0)),
                   4 * state_floats / kLanes * problem.group_size(),
-                  /*allow_ring=*/additional_capacity_ == problem.additional_keys, may_slide, num_threads) {}
+                  /*allow_ring=*/additional_capacity_ == problem.additional_keys, may_slide, num_threads,
+                  4 * sum_floats) {}
 
   std::int64_t items() const { return schedule_.items; }
   bool slides() const { return schedule_.slides; }
-  std::int64_t blocks_per_group() const { return schedule_.blocks_per_group(); }
+  bool can_complete_sums() const { return schedule_.can_complete_stream(problem_); }
   Schedule::Item item(std::int64_t index) const { return schedule_.item(problem_, index); }
   // Room for a token each of those that an item's ring holds.
   std::int64_t ring_tokens(std::int64_t index) const {
@@ -159,12 +155,13 @@ class QueryBlocks {
       auto const for_each_head = [&](auto const& use) {
         for_each_panel(block, schedule_.panel, [&](int const(&corner)[kMaxRank], int index) {
           Panel const panel = schedule_.panel_at(corner, block, intervals);
+          Interval const own[kMaxRank] = {panel.box(0), panel.box(1), panel.box(2)};
           Interval next[kMaxRank];
           schedule_.next_panel(corner, block, item.block, next);
           for (int h = 0; h < problem_.group_size(); ++h) {
             std::int64_t const state = one_piece ? 0 : std::int64_t{index} * problem_.group_size() + h;
             use(TileContext{item, panel, 0, panel[0], item.head_kv * problem_.group_size() + h,
-                            schedule_.panel_axis == 2, next, fetch},
+                            schedule_.panel_axis == 2, own, next, fetch},
                 memory.states + state * state_floats_);
           }
         });
@@ -172,7 +169,8 @@ class QueryBlocks {
       // The same for all tiles of its panel.
       auto const for_each_tile = [&](TileContext const& first, float* states, auto const& use) {
         for (int t = 0; t < first.panel.count(); ++t) {
-          use(TileContext{item, first.panel, t, first.panel[t], first.head, first.is_line, first.next, first.fetch},
+          use(TileContext{item, first.panel, t, first.panel[t], first.head, first.is_line, first.own, first.next,
+                          first.fetch},
               states + t * state_floats_);
         }
       };
@@ -180,7 +178,6 @@ class QueryBlocks {
         return Bias(problem_, pass.arguments.rpb, head, tile, Side::kQuery);
       };
       auto const load = [&](TileContext const& c) {
-        if (c.index == 0) fetch.start();
         pass.load(c);
         if (!schedule_.slides) fetch.all();  // products of a single tile are too few to spread them over
       };

@@ -5,11 +5,8 @@
 // whole block takes it in pieces, and tiles keep their state from piece to piece.
 #pragma once
 
-#include <cstdlib>
-#include <new>
-
 #include "natten/cpu/panel.hpp"
-#include "natten/cpu/parallel.hpp"
+#include "natten/cpu/work.hpp"
 #include "natten/tiling.hpp"
 
 namespace natten::cpu::NATTEN_CPU_ISA {
@@ -39,6 +36,8 @@ constexpr int kMaxWordPadding = 2;  // tokens that fill the words at the ends of
 constexpr int kItemsPerThread = 4;  // enough for threads to finish together, if their shares are not equal
 // Of sums per streamed token (token_sums.hpp): they, and what is packed, are most of a thread's memory.
 constexpr std::int64_t kSumBytes = (5 << 20) / 2;
+// What blocks may be widened by altogether (Schedule::widened): two products of seven are saved for it.
+constexpr double kMaxWidening = 1.25;
 constexpr int kTileTableIndex = kLanes == 16 ? 2 : kLanes == 8 ? 1 : 0;
 static_assert(TileTable::kSmallest << kTileTableIndex == kLanes, "the table holds a tile for every vector width");
 
@@ -48,18 +47,7 @@ inline bool keeps_busy(int num_threads, std::int64_t items) {
   return items % threads == 0 || items >= std::int64_t{kItemsPerThread} * threads;
 }
 
-// Whether every token of the stream side is of some tile's stream, and there is a tile.
-inline bool streams_all(Problem const& problem, Side side) {
-  Side const other = side == Side::kQuery ? Side::kKey : Side::kQuery;
-  for (Axis const& axis : problem.axes) {
-    for (int g = 0; g < axis.groups(); ++g) {
-      Group const group = axis.group(g);
-      Interval const own = tile_side(group, side);
-      if (own.empty() || !stream_of(group, side, own).contains(tile_side(group, other))) return false;
-    }
-  }
-  return true;
-}
+inline Side other_side(Side side) { return side == Side::kQuery ? Side::kKey : Side::kQuery; }
 
 // The side whose tokens are lanes, cut into blocks.
 struct Schedule {
@@ -69,23 +57,29 @@ struct Schedule {
   int panel_axis = 0;  // on which the tiles of a panel are neighbours
   int panel[kMaxRank];  // tokens
   int groups[kMaxRank];
-  int block[kMaxRank];  // tokens, whole tiles
+  int block[kMaxRank];  // tokens; whole tiles, unless blocks are widened
+  int widest[kMaxRank];  // tokens of a block with what it is widened by
   int blocks[kMaxRank];  // per group
   int step;  // tokens of a block on the first axis that are worked on at a time
   std::int64_t max_packed;  // tokens
   std::int64_t batch;
   int heads_kv;
   std::int64_t items;
+  bool completes_stream;
+  bool has_ring = false;  // whether what a step streams fits into the ring
 
   // `token_bytes`: of a packed token of the stream. `state_bytes`: of a token of a tile, between pieces. `allow_ring`:
   // whether a tile can be finished with what the ring holds. `may_slide`: whether tiles may be those of a panel, if there is a ring.
+  // `sum_bytes`: of what is summed up for a token of the stream; if there are sums, an item completes those of its share.
   Schedule(Problem const& problem, Side side_, std::int64_t token_bytes, std::int64_t state_bytes, bool allow_ring,
-           bool may_slide, int num_threads)
+           bool may_slide, int num_threads, std::int64_t sum_bytes = 0)
       : side(side_),
         slides(may_slide && kCanSlide && problem.tiles.queries_slide && allow_ring),
         max_packed(max(64, static_cast<int>(kPackedBytes / token_bytes))),
         batch(problem.batch),
-        heads_kv(problem.heads_kv) {
+        heads_kv(problem.heads_kv),
+        completes_stream(sum_bytes > 0) {
+    if (completes_stream) max_packed = min(max_packed, kSumBytes / sum_bytes);
     if (slides && plan(problem, state_bytes, allow_ring, num_threads)) return;
     slides = false;
     plan(problem, state_bytes, allow_ring, num_threads);
@@ -113,12 +107,19 @@ struct Schedule {
     }
     // The ring of a slice has to fit: cut across the walk where that helps.
     auto const ring = [&] {
-      return std::int64_t{longest_stream(first[0], panel[0])} * longest_stream(first[1], block[1]) *
-             (longest_stream(first[2], block[2]) + kMaxWordPadding);
+      return std::int64_t{longest_stream(first[0], panel[0], /*is_wide=*/false)} *
+             longest_stream(first[1], block[1], completes_stream) *
+             (longest_stream(first[2], block[2], completes_stream) + kMaxWordPadding);
     };
     while (ring() > max_packed && halve(block[1] > block[2] ? 1 : 2)) {
     }
-    bool const has_ring = allow_ring && ring() <= max_packed && tokens(block) >= min(kMinBlock, tokens(whole));
+    // With what it is widened by, a block has whole tiles.
+    for (int a = 1; a < kMaxRank && completes_stream; ++a) {
+      int const before = block[a], more = longest_widened(first[a], before) - before;
+      block[a] = round_up(before + more, panel[a]) - more;
+      if (ring() > max_packed) block[a] = before;
+    }
+    has_ring = allow_ring && ring() <= max_packed && tokens(block) >= min(kMinBlock, tokens(whole));
     if (!has_ring) {
       if (slides) return false;
       for (int a = 0; a < kMaxRank; ++a) block[a] = max(whole[a], panel[a]);
@@ -139,16 +140,76 @@ struct Schedule {
       count_items();
     }
     step = has_ring ? panel[0] : block[0];
+    for (int a = 0; a < kMaxRank; ++a) {
+      widest[a] = block[a];
+      for (int g = 0; g < groups[a] && completes_stream; ++g) {
+        widest[a] = max(widest[a], longest_widened(problem.axes[a].group(g), block[a]));
+      }
+    }
     return has_ring;
   }
 
  public:
+  // The tokens of the stream that are a block's: it is cut where the blocks are.
+  Interval share_of_stream(Group const& group, Interval of_block) const {
+    Interval const all = tile_side(group, side), stream = tile_side(group, other_side(side));
+    return Interval{of_block.begin == all.begin ? stream.begin : of_block.begin,
+                    of_block.end == all.end ? stream.end : of_block.end}
+        .clipped_to(stream);
+  }
+
+  // A block, and between it and its neighbours' other tokens those that attend to its share of the stream. Sums for that
+  // share are complete then, and no other block need be waited for: what two blocks have in common is computed twice.
+  Interval widened(Group const& group, Interval of_block) const {
+    Interval const share = share_of_stream(group, of_block);
+    if (!completes_stream || of_block.empty() || share.empty()) return of_block;
+    Interval const attending = stream_of(group, other_side(side), share);
+    if (attending.empty()) return of_block;
+    return {natten::min(of_block.begin, attending.begin), max(of_block.end, attending.end)};
+  }
+
+  // Whether every token of the stream side is in the stream of the block whose share it is of, and blocks are not widened
+  // by too much.
+  bool can_complete_stream(Problem const& problem) const {
+    double widening = 1;
+    for (int a = 0; a < kMaxRank; ++a) {
+      double tokens = 0, with_others = 0;
+      for (int g = 0; g < groups[a]; ++g) {
+        Group const group = problem.axes[a].group(g);
+        bool is_streamed = true;
+        for_each_block(group, block[a], [&](Interval of_block) {
+          Interval const wide = widened(group, of_block), share = share_of_stream(group, of_block);
+          is_streamed = is_streamed && (share.empty() || stream_of(group, side, wide).contains(share));
+          tokens += of_block.size();
+          with_others += wide.size();
+        });
+        if (!is_streamed || tile_side(group, side).empty()) return false;
+      }
+      widening *= with_others / tokens;
+    }
+    return widening <= kMaxWidening;
+  }
+
   struct Item {
     std::int64_t batch;
     int head_kv;
     Group groups[kMaxRank];
     Interval block[kMaxRank];  // positions on the tile side; may be empty
+    Interval own[kMaxRank];  // those of them that are no other item's: what it stores
+    Interval share[kMaxRank];  // the same of the stream side, if it completes sums
     bool empty;
+
+    // The lanes of a tile that are the item's own.
+    std::uint32_t own_lanes(Tile const& tile) const {
+      std::uint32_t lanes = tile.lanes;
+      for (int a = 0; a < kMaxRank; ++a) {
+        if (own[a] == block[a]) continue;
+        for (int l = 0; l < kLanes; ++l) {
+          if (!own[a].contains(tile.position[a][l])) lanes &= ~(1u << l);
+        }
+      }
+      return lanes;
+    }
   };
 
   Item item(Problem const& problem, std::int64_t index) const {
@@ -169,8 +230,10 @@ struct Schedule {
       item.groups[a] = problem.axes[a].group(g[a]);
       Interval const tokens = tile_side(item.groups[a], side);
       int const begin = tokens.begin + b[a] * block[a];
-      item.block[a] = {natten::min(begin, tokens.end), natten::min(begin + block[a], tokens.end)};
-      item.empty = item.empty || item.block[a].empty();
+      item.own[a] = {natten::min(begin, tokens.end), natten::min(begin + block[a], tokens.end)};
+      item.block[a] = widened(item.groups[a], item.own[a]);
+      item.share[a] = share_of_stream(item.groups[a], item.own[a]);
+      item.empty = item.empty || item.own[a].empty();
     }
     return item;
   }
@@ -180,8 +243,10 @@ struct Schedule {
   std::int64_t groups_per_head() const { return std::int64_t{groups[0]} * groups[1] * groups[2]; }
 
   // Room for the intervals of a block's positions.
-  int positions() const { return block[0] + block[1] + block[2]; }
-  int panels_per_step() const { return step / panel[0] * (block[1] / panel[1]) * (block[2] / panel[2]); }
+  int positions() const { return widest[0] + widest[1] + widest[2]; }
+  int panels_per_step() const {
+    return ceil_div(step, panel[0]) * ceil_div(widest[1], panel[1]) * ceil_div(widest[2], panel[2]);
+  }
   // Tiles whose states are kept side by side.
   int tiles_per_panel() const { return slides ? kPanelTiles : 1; }
 
@@ -232,12 +297,23 @@ struct Schedule {
     for (int g = 0; g < axis.groups(); ++g) n = max(n, tile_side(axis.group(g), side).size());
     return n;
   }
-  int longest_stream(Group const& group, int block_size) const {
+  template <class Visit>
+  void for_each_block(Group const& group, int size, Visit const& visit) const {
     Interval const all = tile_side(group, side);
+    for (int p = all.begin; p < all.end; p += size) visit(Interval{p, natten::min(p + size, all.end)});
+  }
+  int longest_widened(Group const& group, int size) const {
+    int longest = 0;
+    for_each_block(group, size, [&](Interval of_block) { longest = max(longest, widened(group, of_block).size()); });
+    return longest;
+  }
+  // `is_wide`: of widened blocks.
+  int longest_stream(Group const& group, int size, bool is_wide) const {
     int longest = 1;
-    for (int p = all.begin; p < all.end; p += block_size) {
-      longest = max(longest, stream_of(group, side, {p, natten::min(p + block_size, all.end)}).size());
-    }
+    for_each_block(group, size, [&](Interval of_block) {
+      Interval const tiles = is_wide ? widened(group, of_block) : of_block;
+      longest = max(longest, stream_of(group, side, tiles).size());
+    });
     return longest;
   }
 };
@@ -351,63 +427,6 @@ class Walk {
   int ring_ = 1;
   bool is_ring_ = false;
   std::int64_t capacity_ = 0;
-};
-
-// Runs body(index) for every index below `count`, on threads that take the next index when they are done with one.
-template <class Body>
-void for_each_item(std::int64_t count, int num_threads, Body const& body) {
-  struct Context {
-    std::int64_t next;
-    std::int64_t count;
-    Body const* body;
-  } context{0, count, &body};
-  int const threads = static_cast<int>(count < num_threads ? count : num_threads);
-  if (threads <= 0) return;
-  parallel_region(
-      threads,
-      [](void* pointer, int) {
-        Context& c = *static_cast<Context*>(pointer);
-        for (;;) {
-          std::int64_t const i = __atomic_fetch_add(&c.next, 1, __ATOMIC_RELAXED);
-          if (i >= c.count) return finish_streams();
-          (*c.body)(i);
-        }
-      },
-      &context);
-}
-
-// Zeroed memory that outlives an item. No standard container: its code would be compiled for this ISA and could be
-// linked for all.
-class ZeroedFloats {
- public:
-  explicit ZeroedFloats(std::int64_t count)
-      : data_(static_cast<float*>(std::calloc(static_cast<std::size_t>(count), sizeof(float)))) {
-    if (data_ == nullptr) throw std::bad_alloc();
-  }
-  ~ZeroedFloats() { std::free(data_); }
-  ZeroedFloats(ZeroedFloats const&) = delete;
-  ZeroedFloats& operator=(ZeroedFloats const&) = delete;
-  float* data() const { return data_; }
-
- private:
-  float* data_;
-};
-
-// Cuts one piece of memory into aligned arrays; with a null base it only counts.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <class T>
-  T* take(std::int64_t count) {
-    T* const result = reinterpret_cast<T*>(base_ + used_);
-    used_ += (count * static_cast<std::int64_t>(sizeof(T)) + 63) / 64 * 64;
-    return result;
-  }
-  std::int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  std::int64_t used_ = 0;
 };
 
 }  // namespace natten::cpu::NATTEN_CPU_ISA

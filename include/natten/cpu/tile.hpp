@@ -292,16 +292,24 @@ NATTEN_INLINE void add_lane(Operand const& rows, int lane, Word const* weight, i
   }
 }
 
-// Stores a row for each of the tile's tokens: row l of `from`, which are `from_stride` floats, times factor(l).
+// Stores a row for each of the tile's tokens in `lanes`: row l of `from`, which are `from_stride` floats, times factor(l).
+template <class T, class Factor>
+void store_lanes(GroupView<T> const& to, Tile const& tile, std::uint32_t lanes, int dim, float const* from,
+                 std::int64_t from_stride, Factor const& factor) {
+  auto const& at = tile.position;
+  auto const is_stored = [&](int lane) { return (lanes >> lane) & 1u; };
+  for (int l = 0; l < kLanes; ++l) {
+    int const ahead = l + kStoreAhead;
+    if (ahead < kLanes && is_stored(ahead)) prefetch_store(to, at[0][ahead], at[1][ahead], at[2][ahead], dim);
+    if (is_stored(l)) store_token(to, at[0][l], at[1][l], at[2][l], from + l * from_stride, factor(l), dim);
+  }
+}
+
+// The same for all of them.
 template <class T, class Factor>
 void store_lanes(GroupView<T> const& to, Tile const& tile, int dim, float const* from, std::int64_t from_stride,
                  Factor const& factor) {
-  auto const& at = tile.position;
-  for (int l = 0; l < kLanes; ++l) {
-    int const ahead = l + kStoreAhead;
-    if (ahead < kLanes && tile.has(ahead)) prefetch_store(to, at[0][ahead], at[1][ahead], at[2][ahead], dim);
-    if (tile.has(l)) store_token(to, at[0][l], at[1][l], at[2][l], from + l * from_stride, factor(l), dim);
-  }
+  store_lanes(to, tile, tile.lanes, dim, from, from_stride, factor);
 }
 
 // out[channel] += what one lane sums up, from the tokens only that it takes part in: 0 * inf must not reach lanes that do

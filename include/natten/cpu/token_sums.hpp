@@ -27,12 +27,13 @@ struct TokenSums {
     }
   }
 
+  // Stores those of `tokens`, which are in the ring.
   template <class T>
-  void store(GroupView<T> const& to, Interval slices, int dim, float factor) const {
-    for (int z = slices.begin; z < slices.end; ++z) {
-      for (int y = box[1].begin; y < box[1].end; ++y) {
-        for (int x = box[2].begin; x < box[2].end; ++x) {
-          if (x + kStoreAhead < box[2].end) prefetch_store(to, z, y, x + kStoreAhead, dim);
+  void store(GroupView<T> const& to, Interval const (&tokens)[kMaxRank], int dim, float factor) const {
+    for (int z = tokens[0].begin; z < tokens[0].end; ++z) {
+      for (int y = tokens[1].begin; y < tokens[1].end; ++y) {
+        for (int x = tokens[2].begin; x < tokens[2].end; ++x) {
+          if (x + kStoreAhead < tokens[2].end) prefetch_store(to, z, y, x + kStoreAhead, dim);
           store_token(to, z, y, x, at(z, y, x), factor, dim);
         }
       }
