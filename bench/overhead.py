@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import subprocess
 import sys
@@ -41,6 +42,15 @@ def overheads() -> dict[str, float]:
     def train() -> None:
         torch.autograd.grad(natten.na1d(leaf, leaf, leaf, 3), leaf, ones)
 
+    # A stream: the same call at another place of the grid each time.
+    place = itertools.count()
+
+    def stream() -> None:
+        at = next(place)
+        natten.na1d(
+            tokens[:, 8:9], tokens, tokens, 3, grid=2**20, query_origin=at + 8, key_origin=at
+        )
+
     imports = [
         float(subprocess.check_output((sys.executable, "-c", _IMPORT), text=True)) for _ in range(5)
     ]
@@ -48,5 +58,6 @@ def overheads() -> dict[str, float]:
         "forward": _microseconds(lambda: natten.na1d(tokens, tokens, tokens, 3)),
         "forward, recorded by autograd": _microseconds(lambda: natten.na1d(leaf, leaf, leaf, 3)),
         "forward + backward": _microseconds(train),
+        "forward, a step of a stream": _microseconds(stream),
         "import natten, after torch": statistics.median(imports) * 1e6,
     }

@@ -172,3 +172,47 @@ def test_queries_slide_where_it_costs_no_more(rank: int) -> None:
         assert problem.queries_slide == (possible and sliding <= boxes), f"{axes}"
         outcomes.add(problem.queries_slide)
     assert outcomes == {True, False} or rank == 1
+
+
+def pairs_of_long_axis(extent: int, kernel_size: int, is_causal: bool) -> int:
+    """With stride and dilation 1, and boundary "mask"."""
+    before = kernel_size - 1 if is_causal else kernel_size // 2
+    after = kernel_size - 1 - before
+    return extent * kernel_size - before * (before + 1) // 2 - after * (after + 1) // 2
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("kernel_size", [1, 6, 4097, 2**28])
+def test_the_longest_axis_is_planned(kernel_size: int, is_causal: bool) -> None:
+    """What would take minutes if every token were looked at."""
+    axis = Axis(2**29, kernel_size, is_causal=is_causal, boundary="mask")
+    assert _C.attended_pairs(axis.ints()) == pairs_of_long_axis(2**29, kernel_size, is_causal)
+    problem = _C.Problem("float32", axis.ints(), 1, 1, 1, 32, 32, 0, False, 1.0)
+    assert isinstance(problem.queries_slide, bool)
+    for of_keys in (False, True):
+        own, streamed = problem.tile_shapes(of_keys, 64, 32)
+        assert (math.prod(own), math.prod(streamed)) == (64, 32)
+    many_groups = Axis(2**29, 2, dilation=2**27)
+    assert _C.attended_pairs(many_groups.ints()) == 2 * 2**29
+    assert _C.attended_tokens(many_groups.ints()) == (0, 2**29 - 1)
+
+
+def test_queries_of_long_lines_slide_only_where_they_can() -> None:
+    """Where tiles are too many to look at each, the formula agrees with looking at each."""
+    random.seed(3)
+    outcomes = set()
+    for _ in range(12):
+        stride = random.choice((1, 1, 2, 3, 4, 8, 16))
+        kernel_size = random.randint(stride, 64)
+        boundary, is_causal = random.choice(("shift", "mask")), random.random() < 0.5
+        offset = random.randrange(stride)
+        # So many tiles that none is looked at, and so few tokens that all can be here.
+        axis = Axis(16 * 1025, kernel_size, stride, 1, is_causal, boundary, offset)
+        begins = [begin for _, begin, *_ in _C.windows(axis.ints())]
+        possible = all(
+            begins[min(i + 15, len(begins) - 1)] - begins[i] < 16 for i in range(0, len(begins), 16)
+        )
+        problem = _C.Problem("float32", axis.ints(), 1, 1, 1, 32, 32, 0, False, 1.0)
+        assert problem.queries_slide == possible, f"{axis}"  # a line: no box streams less
+        outcomes.add(possible)
+    assert outcomes == {False, True}

@@ -101,6 +101,12 @@ def check_axis(axis: Axis) -> None:
         assert counted == expected, f"{axis}: keys counted for token {token}"
 
     assert _C.attended_pairs(ints) == sum(len(keys) for keys, _ in attended.values())
+    seen = {
+        key * axis.dilation + token % axis.dilation
+        for token, (keys, _) in attended.items()
+        for key in keys
+    }
+    assert _C.attended_tokens(ints) == ((min(seen), max(seen)) if seen else (0, -1)), f"{axis}"
 
     askers: dict[tuple[int, int], list[int]] = {}
     for token, (keys, _) in attended.items():

@@ -156,13 +156,8 @@ def _valid_queries(*axis: int) -> tuple[int, int]:
     return _C.valid_queries(axis)
 
 
-def _attended_tokens(*axis: int) -> tuple[int, int]:
-    return _C.attended_tokens(axis)
-
-
 # torch.compile cannot trace into the core; it may call it, though, once the numbers are constants.
 _valid_queries._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_attended_tokens._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _constants(axis: Axis) -> tuple[int, ...]:
@@ -259,13 +254,26 @@ def _check_stride(i: int, stride: int, kernel_size: int) -> None:
         reject(f"stride[{i}]", stride, limit, "tokens would go unattended between windows")
 
 
+def _is_wrong(condition: Any) -> bool:
+    """Whether a condition holds that must not.
+
+    While a graph is made, sizes may be symbols, which a question would fix or bound: what cannot be known then is left to
+    the core, which checks every problem again when the graph runs.
+    """
+    if not torch.compiler.is_compiling():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports SymPy
+
+    return statically_known_true(condition)
+
+
 def _check_fit(i: int, axis: Axis, windows: tuple[Window, ...], other: OtherLayout) -> None:
     """Checks the windows against the extent."""
     extent, kernel_size, dilation = axis.extent, axis.kernel_size, axis.dilation
-    if extent > _LARGEST:
+    if _is_wrong(extent > _LARGEST):
         reject(f"extent[{i}]", extent, f"at most {_LARGEST}")
     _check_stride(i, axis.stride, kernel_size)
-    if axis.boundary == _SHIFT and kernel_size * dilation > extent:
+    if axis.boundary == _SHIFT and _is_wrong(kernel_size * dilation > extent):
         remedy = "use a smaller window, or another boundary than 'shift'"
         if axis.is_causal:
             remedy += (
@@ -282,7 +290,7 @@ def _check_fit(i: int, axis: Axis, windows: tuple[Window, ...], other: OtherLayo
 
 
 def _check_box(i: int, what: str, extent: int, origin: int, size: int) -> None:
-    if origin < 0 or origin + size > extent:
+    if _is_wrong(origin < 0) or _is_wrong(origin + size > extent):
         reject(
             f"{what}_origin[{i}]",
             origin,
@@ -301,7 +309,7 @@ def _origins(
         return integers(name, origin, rank)
     if grid is not None:
         for i, (size, extent) in enumerate(zip(extents, grid, strict=True)):
-            if size < extent:
+            if _is_wrong(size < extent):
                 reject(
                     name,
                     None,
@@ -329,7 +337,7 @@ def normalize_axes(
     extents = query_extents if whole is None else whole
     for what, sizes in (("query", query_extents), ("key", key_extents)):
         for i in range(rank):
-            if sizes[i] > extents[i]:
+            if _is_wrong(sizes[i] > extents[i]):
                 wanted = f"at least {sizes[i]}, the {what}'s tokens on axis {i}"
                 reject(f"grid[{i}]", extents[i], wanted)
     query_origins = _origins("query_origin", query_origin, query_extents, whole)
@@ -356,7 +364,8 @@ def normalize_axes(
         _check_box(i, "query", axis.extent, axis.query_origin, axis.query_extent)
         _check_box(i, "key", axis.extent, axis.key_origin, axis.key_extent)
         axes.append(_only_queries(i, axis) if axis.boundary == VALID else axis)
-        if key_extents[i] != axis.extent:
+        # Of a graph, the core checks this when it runs: windows of symbols are unknown.
+        if not torch.compiler.is_compiling() and key_extents[i] != axis.extent:
             _check_keys(i, axes[i])
     return tuple(axes), query_origins
 
@@ -377,7 +386,7 @@ def _only_queries(i: int, axis: Axis) -> Axis:
 
 
 def _check_keys(i: int, axis: Axis) -> None:
-    first, last = _attended_tokens(*_constants(axis))
+    first, last = _C.attended_tokens(axis)
     if first <= last and (first < axis.key_origin or last >= axis.key_origin + axis.key_extent):
         reject(
             f"key_origin[{i}]",

@@ -44,6 +44,7 @@ _HAS_CUDA = torch.version.cuda is not None
 IN_FORCE = ""
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+_Choice = TypeVar("_Choice")
 
 _backend_in_force: ContextVar[str] = ContextVar("natten_backend", default="auto")
 
@@ -373,6 +374,11 @@ def _without_kernels(problem: Problem, device_type: str, needs_grad: bool) -> li
     return found
 
 
+_KINDS = 1024  # of problems that choices are remembered for
+_selected: dict[tuple[Any, ...], str] = {}
+caches_of_choices.append(_selected.clear)
+
+
 def select(problem: Problem, needs_grad: bool, backend: str, isa: str) -> str:
     """The backend that runs the problem: `backend`, or the best one if that is "auto".
 
@@ -380,6 +386,35 @@ def select(problem: Problem, needs_grad: bool, backend: str, isa: str) -> str:
         ArgumentError: If the ISA is none of this CPU's.
         NotImplementedError: If it cannot; lists every candidate and its reasons.
     """
+    # What a choice depends on: nothing of the grid, which differs from call to call of who streams or packs.
+    kind = (
+        problem.op,
+        problem.dtype,
+        problem.device,
+        problem.head_dim,
+        problem.head_dim_value,
+        problem.has_rpb,
+        needs_grad,
+        backend,
+        isa,
+    )
+    name = _selected.get(kind)
+    if name is None:
+        name = _select(problem, needs_grad, backend, isa)
+        remember(_selected, kind, name)
+    return name
+
+
+def remember(
+    choices: dict[tuple[Any, ...], _Choice], kind: tuple[Any, ...], choice: _Choice
+) -> None:
+    """Keeps a choice for problems of the same kind."""
+    if len(choices) >= _KINDS:
+        choices.clear()
+    choices[kind] = choice
+
+
+def _select(problem: Problem, needs_grad: bool, backend: str, isa: str) -> str:
     found = candidates(problem, needs_grad, isa, backend=backend)
     asked = [c for c in found if c.belongs_to(backend)]
     chosen = next((c for c in asked if not c.reasons), None)

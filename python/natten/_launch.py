@@ -21,6 +21,9 @@ class Launch(NamedTuple):
     workspace_bytes: int
 
 
+_able: dict[tuple[Any, ...], list[_C.Kernel]] = {}
+
+
 @lru_cache(maxsize=1024)
 def launch(
     op: str,
@@ -65,14 +68,21 @@ def launch(
         allow_tf32,
         tile_shapes,
     )
-    rows = [
-        (kernel, (*reasons, *_dispatch.switched_off(kernel.backend, op, backend)))
-        for kernel, reasons in _C.candidates(problem, op, backend, isa, arch)
-    ]
-    able = [kernel for kernel, reasons in rows if not reasons]
-    if not able:
-        found = [Candidate(kernel.backend, kernel.name, why) for kernel, why in rows]
-        raise _dispatch.nothing_runs(backend, found)
+    kind = (
+        op,
+        backend,
+        isa,
+        sizes.dtype,
+        sizes.head_dim,
+        sizes.head_dim_value,
+        sizes.has_rpb,
+        arch,
+        allow_tf32,
+    )
+    able = _able.get(kind)
+    if able is None:
+        able = _find_able(problem, op, backend, isa, arch)
+        _dispatch.remember(_able, kind, able)
     # Dense attention to an empty sequence is the one problem that has queries, but no keys.
     has_keys = sizes.additional_keys > 0 or all(axis.key_extent > 0 for axis in axes)
     if sizes.batch == 0 or any(axis.query_extent == 0 for axis in axes) or not has_keys:
@@ -81,7 +91,20 @@ def launch(
     return Launch(problem, chosen, _C.workspace_bytes(problem, op, chosen, arch))
 
 
-_dispatch.caches_of_choices.append(launch.cache_clear)
+_dispatch.caches_of_choices += [launch.cache_clear, _able.clear]
+
+
+def _find_able(problem: _C.Problem, op: str, backend: str, isa: str, arch: int) -> list[_C.Kernel]:
+    """The kernels that can run a problem, and all of its kind, best first."""
+    rows = [
+        (kernel, (*reasons, *_dispatch.switched_off(kernel.backend, op, backend)))
+        for kernel, reasons in _C.candidates(problem, op, backend, isa, arch)
+    ]
+    able = [kernel for kernel, reasons in rows if not reasons]
+    if not able:
+        found = [Candidate(kernel.backend, kernel.name, why) for kernel, why in rows]
+        raise _dispatch.nothing_runs(backend, found)
+    return able
 
 
 def _with_tiles(op: str, tile_shapes: tuple[int, ...], able: list[_C.Kernel]) -> _C.Kernel:
