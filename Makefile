@@ -65,7 +65,7 @@ aarch64:
 	$(PYTHON) -B src/codegen/generate.py --architecture aarch64 --output build/aarch64
 	aarch64-linux-gnu-g++ -std=c++17 -O3 -Wall -Wextra -Werror -Iinclude -Isrc -o build/aarch64/fused_test \
 	  tests/fused_test.cpp build/aarch64/*.cpp src/cpu/parallel.cpp src/cpu/scratch.cpp \
-	  src/dispatch/dispatch.cpp src/dispatch/libraries.cpp -ldl -lpthread
+	  src/dispatch/dispatch.cpp src/dispatch/libraries.cpp src/dispatch/planning.cpp -ldl -lpthread
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/fused_test
 
 # The CUDA kernels for the CPU (tests/emulation), without a CUDA toolkit: a library that natten.load_kernels loads, and

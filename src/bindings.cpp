@@ -20,8 +20,8 @@
 #include "cpu/scratch.hpp"
 #include "dispatch/dispatch.hpp"
 #include "dispatch/names.hpp"
+#include "dispatch/planning.hpp"
 #include "natten/cpu/parallel.hpp"
-#include "natten/tiling.hpp"
 #include "register_window.hpp"
 
 namespace py = pybind11;

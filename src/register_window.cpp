@@ -10,7 +10,7 @@
 
 #include "dispatch/dispatch.hpp"
 #include "dispatch/names.hpp"
-#include "natten/tiling.hpp"
+#include "dispatch/planning.hpp"
 
 namespace py = pybind11;
 

@@ -6,7 +6,7 @@
 #include <stdexcept>
 
 #include "dispatch/names.hpp"
-#include "natten/tiling.hpp"
+#include "dispatch/planning.hpp"
 
 namespace natten {
 

@@ -120,7 +120,7 @@ class PanelSums {
     int size;
     Interval words;
   };
-  static constexpr int kMaxGroups = (SlidingCost::kMaxSlots + kLanes) / kMaxGroupLanes + 2;
+  static constexpr int kMaxGroups = (kMaxSlidingSlots + kLanes) / kMaxGroupLanes + 2;
 
   int find_groups(Group* groups) const {
     Chunk const& c = chunk_.of_tile[0];
