@@ -249,19 +249,15 @@ def test_the_reference_can_be_traced():
         output, lse = reference.forward(operands, axes, 0.5)
         return reference.backward(operands, output, lse, axes, 0.5)[0] + output
 
-    for extent in (7, 8):
-        x = torch.randn(1, extent, 2, 4)
-        if extent == 8:
+    for extent in (4, 5):
+        x, other = torch.randn(2, 1, extent, 2, 4).unbind()
+        if extent == 5:
             function(x)
         with FakeTensorMode() as mode:
             assert function(mode.from_tensor(x)).shape == x.shape
-        traced = make_fx(function)(x)
-        symbolic = make_fx(function, tracing_mode="fake")(x)
-        exported = torch.export.export(Wrapped(function), (x,)).module()
-        other = torch.randn_like(x)
-        right = function(other)
-        for graph in (traced, symbolic, exported):
-            oracle.assert_close(graph(other), right, 1e-6)
+        if extent == 5:
+            traced = make_fx(function, tracing_mode="fake")(x)
+            oracle.assert_close(traced(other), function(other), 1e-6)
 
 
 class Wrapped(torch.nn.Module):
@@ -306,7 +302,11 @@ def test_aot_inductor(tmp_path):
 
     inputs = torch.randn(1, 4, 5, 2, 8), torch.randn(1, 2, 4, 5, 8), torch.randn(2, 5, 5)
     program = torch.export.export(Model(), inputs)
-    path = torch._inductor.aoti_compile_and_package(program, package_path=f"{tmp_path}/model.pt2")
+    path = torch._inductor.aoti_compile_and_package(
+        program,
+        package_path=f"{tmp_path}/model.pt2",
+        inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},  # it runs once
+    )
     compiled = torch._inductor.aoti_load_package(path)
     inputs = tuple(torch.randn_like(tensor) for tensor in inputs)
     for result, right in zip(compiled(*inputs), Model()(*inputs), strict=True):
