@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
 import natten
-from natten import _tangents, reference
+from natten import _custom_op, _tangents, reference
 from natten._problem import Operands, normalize
 from natten.functional import na1d_qk, na2d_av, na2d_qk
 from tests import oracle
@@ -137,6 +139,39 @@ def test_tangents_of_one_operand(which):
         oracle.assert_close(result, right, 1e-10)
 
 
+@pytest.mark.parametrize("function", [scalar("auto"), of_ops("auto")], ids=["fused", "unfused"])
+def test_gradients_change_with_their_cotangents(function):
+    """Of operands that have no tangent; in a level that Python does not know of, as those of compiled graphs are."""
+    x = torch.randn(1, 6, 2, 3, dtype=torch.float64, requires_grad=True)
+    output = function(x, torch.randn(2, 5, dtype=torch.float64))
+    (right,) = torch.autograd.grad(output, x, retain_graph=True)
+    level = torch._C._enter_dual_level()
+    try:
+        cotangent = forward_ad.make_dual(torch.ones_like(output), output.detach(), level=level)
+        (gradient,) = torch.autograd.grad(output, x, cotangent)
+        tangent = forward_ad.unpack_dual(gradient, level=level).tangent
+    finally:
+        torch._C._exit_dual_level(level=level)
+    oracle.assert_close(tangent, right * output.detach(), 1e-10 * right.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: natten.na1d(x, x * 0.5, x.sin(), 3), lambda x: na1d_qk(x, x.sin(), 3)],
+    ids=["fused", "unfused"],
+)
+def test_gradients_change_with_operands_alone(function):
+    """By cotangents that have no tangent, and without a record of the gradients' own computation."""
+    x = torch.randn(1, 6, 2, 3, dtype=torch.float64)
+    _, right = jvp(grad(lambda x: function(x).sum()), (x,), (x.cos(),))
+    x.requires_grad_()
+    with forward_ad.dual_level():
+        output = function(forward_ad.make_dual(x, x.detach().cos()))
+        (gradient,) = torch.autograd.grad(output, x, torch.ones_like(output))
+        tangent = forward_ad.unpack_dual(gradient).tangent
+    oracle.assert_close(tangent, right, 1e-10 * right.abs().max().item())
+
+
 def test_derivatives_where_nothing_is_attended_to():
     """Queries without a key: 0, and no NaN."""
     query = torch.randn(1, 4, 1, 4, dtype=torch.float64)
@@ -176,6 +211,15 @@ def test_inputs_are_let_go():
     del inside
     output.sum().backward()
     assert ref() is None
+
+
+def test_private_api_of_torch_is_listed():
+    used = set()
+    for file in Path(natten.__file__).parent.glob("*.py"):
+        text = re.sub(r"from (torch[.\w]*) import (\w+)", r"\1.\2", file.read_text())
+        names = re.findall(r"\b(?:torch|forward_ad)(?:\.\w+)+", text)
+        used |= {name.rpartition(".")[2] for name in names if re.search(r"\._(?!_)", name)}
+    assert used == set(re.findall(r"`([a-z_A-Z]+)`", _custom_op.__doc__))
 
 
 # Compiled: a graph never asks Python whether there is a tangent --------------------------------------------------------
