@@ -162,7 +162,7 @@ def test_gradients_change_with_their_cotangents(function):
 )
 def test_gradients_change_with_operands_alone(function):
     """By cotangents that have no tangent, and without a record of the gradients' own computation."""
-    x = torch.randn(1, 6, 2, 3, dtype=torch.float64)
+    x = torch.randn(1, 6, 6, 3, dtype=torch.float64)
     _, right = jvp(grad(lambda x: function(x).sum()), (x,), (x.cos(),))
     x.requires_grad_()
     with forward_ad.dual_level():
