@@ -334,24 +334,73 @@ def test_vmap_over_nothing():
     assert vmap(lambda x: na1d_qk(x, x, 3))(x.mT).shape == (0, 1, 6, 4, 3)
 
 
-# Ahead of time ----------------------------------------------------------------------------------------------------------
+# Graphs that leave torch, or Python --------------------------------------------------------------------------------------
+
+
+class Model(torch.nn.Module):
+    """Both halves of the unfused kind, and the fused kind with additional tokens or without."""
+
+    def forward(self, tokens, heads_first, rpb, more=None):
+        output = natten.na2d(
+            tokens, tokens, tokens, 3, additional_keys=more, additional_values=more
+        )
+        logits = na2d_qk(heads_first, heads_first, 3, is_causal=True, rpb=rpb)
+        return output, na2d_av(logits.softmax(-1), heads_first, 3, is_causal=True)
+
+
+def of_size(batch, height):
+    tokens = torch.randn(batch, height, 5, 2, 8)
+    return tokens, torch.randn(batch, 2, height, 5, 8), torch.randn(2, 5, 5)
+
+
+def assert_same(results, expected):
+    for result, right in zip(results, expected, strict=True):
+        oracle.assert_close(result, right, 1e-5)
 
 
 def test_aot_inductor(tmp_path):
-    class Model(torch.nn.Module):
-        def forward(self, tokens, heads_first, rpb):
-            output = natten.na2d(tokens, tokens, tokens, 3)
-            logits = na2d_qk(heads_first, heads_first, 3, is_causal=True, rpb=rpb)
-            return output, na2d_av(logits.softmax(-1), heads_first, 3, is_causal=True)
-
-    inputs = torch.randn(1, 4, 5, 2, 8), torch.randn(1, 2, 4, 5, 8), torch.randn(2, 5, 5)
-    program = torch.export.export(Model(), inputs)
+    """For any batch and height."""
+    batch, height = (
+        torch.export.Dim("batch", min=1, max=64),
+        torch.export.Dim("height", min=3, max=64),
+    )
+    shapes = {"tokens": {0: batch, 1: height}, "heads_first": {0: batch, 2: height}, "rpb": None}
+    program = torch.export.export(Model(), of_size(2, 4), dynamic_shapes=shapes)
     path = torch._inductor.aoti_compile_and_package(
         program,
         package_path=f"{tmp_path}/model.pt2",
         inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},  # it runs once
     )
-    compiled = torch._inductor.aoti_load_package(path)
-    inputs = tuple(torch.randn_like(tensor) for tensor in inputs)
-    for result, right in zip(compiled(*inputs), Model()(*inputs), strict=True):
-        oracle.assert_close(result, right, 1e-5)
+    inputs = of_size(3, 6)
+    assert_same(torch._inductor.aoti_load_package(path)(*inputs), Model()(*inputs))
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python:torch.jit.TracerWarning")
+def test_a_trace_of_another_grid():
+    traced = torch.jit.trace(Model(), of_size(2, 4))
+    inputs = of_size(3, 4)
+    assert_same(traced(*inputs), Model()(*inputs))
+    with pytest.raises(
+        RuntimeError, match=r"wanted \(batch, 4, 5, .* torch.jit.trace .* torch.export"
+    ):
+        traced(*of_size(2, 6))
+
+
+def test_onnx(monkeypatch):
+    """What torch.onnx.export makes an ONNX graph of: torch's own operations, for any batch; and what it does not."""
+    model, inputs = Model(), (*of_size(2, 4), torch.randn(2, 1, 2, 8))
+    whole = torch.export.export(model, inputs)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    batch, height = torch.export.Dim("batch", max=64), torch.export.Dim("height", min=3, max=64)
+    shapes = {"tokens": {0: batch}, "heads_first": {0: batch}, "rpb": None, "more": {0: batch}}
+    program = torch.export.export(model, inputs, dynamic_shapes=shapes)
+    assert not [node for node in program.graph.nodes if "natten" in str(node.target)]
+    inputs = (*of_size(3, 4), torch.randn(3, 1, 2, 8))
+    assert_same(program.module()(*inputs), model(*inputs))
+    shapes["tokens"], shapes["heads_first"] = {1: height}, {2: height}
+    with pytest.raises(NotImplementedError, match="for one grid and any batch"):
+        torch.export.export(model, inputs, dynamic_shapes={**shapes, "more": None})
+    with pytest.raises(NotImplementedError, match="the module, no graph of it"):
+        whole.run_decompositions()
+    with pytest.raises(NotImplementedError, match="dynamo=True"):
+        torch.jit.trace(model, of_size(2, 4))

@@ -29,6 +29,7 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.utils.flop_counter import register_flop_formula
 
 library: Any = torch.library.Library("natten", "DEF")  # type: ignore[no-untyped-call]
+_kernels: dict[Any, Callable[..., Any]] = {}
 
 
 class Derivatives(Protocol):
@@ -62,8 +63,10 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
     name = schema.partition("(")[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"natten::{name}", fake, lib=library)
-    return getattr(torch.ops.natten, name).default
+    torch.library.register_fake(f"natten::{name}", _outside_onnx(fake), lib=library)
+    op = getattr(torch.ops.natten, name).default
+    _kernels[op] = kernel
+    return op
 
 
 def count_flops(op: Any, formula: Callable[..., int]) -> None:
@@ -81,6 +84,32 @@ def below_autograd(op: Any, arguments: tuple[Any, ...]) -> Any:
     """The op of these arguments, past its kernel for autograd."""
     with _AutoDispatchBelowAutograd():
         return op(*arguments)
+
+
+def composed(op: Any, arguments: tuple[Any, ...]) -> Any:
+    """What the op computes of these arguments in torch's own operations: for ONNX, whose graphs run without this package."""
+    names = [argument.name for argument in op._schema.arguments]
+    given = dict(zip(names, arguments, strict=False))
+    if not all(isinstance(number, int) for number in given["axes"]):
+        raise NotImplementedError(_ONNX)
+    return _kernels[op](**{**given, "backend": "reference"})
+
+
+_ONNX = (
+    "ONNX has no neighborhood attention: torch.onnx.export(module, ..., dynamo=True) composes it of other operations, for one "
+    "grid and any batch. Give the exporter the module, no graph of it, and no dynamic shapes but the batch's"
+)
+
+
+def _outside_onnx(fake: Callable[..., Any]) -> Callable[..., Any]:
+    """`fake`, which no op that the exporter is left with gets past."""
+
+    def shapes(*arguments: Any) -> Any:
+        if torch.onnx.is_in_onnx_export():
+            raise NotImplementedError(_ONNX)
+        return fake(*arguments)
+
+    return shapes
 
 
 # Autograd -----------------------------------------------------------------------------------------------------------
