@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
 import natten
-from natten import _tangents, reference
+from natten import _custom_op, _tangents, reference
 from natten._problem import Operands, normalize
 from natten.functional import na1d_qk, na2d_av, na2d_qk
 from tests import oracle
@@ -137,6 +139,39 @@ def test_tangents_of_one_operand(which):
         oracle.assert_close(result, right, 1e-10)
 
 
+@pytest.mark.parametrize("function", [scalar("auto"), of_ops("auto")], ids=["fused", "unfused"])
+def test_gradients_change_with_their_cotangents(function):
+    """Of operands that have no tangent; in a level that Python does not know of, as those of compiled graphs are."""
+    x = torch.randn(1, 6, 2, 3, dtype=torch.float64, requires_grad=True)
+    output = function(x, torch.randn(2, 5, dtype=torch.float64))
+    (right,) = torch.autograd.grad(output, x, retain_graph=True)
+    level = torch._C._enter_dual_level()
+    try:
+        cotangent = forward_ad.make_dual(torch.ones_like(output), output.detach(), level=level)
+        (gradient,) = torch.autograd.grad(output, x, cotangent)
+        tangent = forward_ad.unpack_dual(gradient, level=level).tangent
+    finally:
+        torch._C._exit_dual_level(level=level)
+    oracle.assert_close(tangent, right * output.detach(), 1e-10 * right.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: natten.na1d(x, x * 0.5, x.sin(), 3), lambda x: na1d_qk(x, x.sin(), 3)],
+    ids=["fused", "unfused"],
+)
+def test_gradients_change_with_operands_alone(function):
+    """By cotangents that have no tangent, and without a record of the gradients' own computation."""
+    x = torch.randn(1, 6, 6, 3, dtype=torch.float64)
+    _, right = jvp(grad(lambda x: function(x).sum()), (x,), (x.cos(),))
+    x.requires_grad_()
+    with forward_ad.dual_level():
+        output = function(forward_ad.make_dual(x, x.detach().cos()))
+        (gradient,) = torch.autograd.grad(output, x, torch.ones_like(output))
+        tangent = forward_ad.unpack_dual(gradient).tangent
+    oracle.assert_close(tangent, right, 1e-10 * right.abs().max().item())
+
+
 def test_derivatives_where_nothing_is_attended_to():
     """Queries without a key: 0, and no NaN."""
     query = torch.randn(1, 4, 1, 4, dtype=torch.float64)
@@ -176,6 +211,15 @@ def test_inputs_are_let_go():
     del inside
     output.sum().backward()
     assert ref() is None
+
+
+def test_private_api_of_torch_is_listed():
+    used = set()
+    for file in Path(natten.__file__).parent.glob("*.py"):
+        text = re.sub(r"from (torch[.\w]*) import (\w+)", r"\1.\2", file.read_text())
+        names = re.findall(r"\b(?:torch|forward_ad)(?:\.\w+)+", text)
+        used |= {name.rpartition(".")[2] for name in names if re.search(r"\._(?!_)", name)}
+    assert used == set(re.findall(r"`([a-z_A-Z]+)`", _custom_op.__doc__))
 
 
 # Compiled: a graph never asks Python whether there is a tangent --------------------------------------------------------
@@ -249,19 +293,15 @@ def test_the_reference_can_be_traced():
         output, lse = reference.forward(operands, axes, 0.5)
         return reference.backward(operands, output, lse, axes, 0.5)[0] + output
 
-    for extent in (7, 8):
-        x = torch.randn(1, extent, 2, 4)
-        if extent == 8:
+    for extent in (4, 5):
+        x, other = torch.randn(2, 1, extent, 2, 4).unbind()
+        if extent == 5:
             function(x)
         with FakeTensorMode() as mode:
             assert function(mode.from_tensor(x)).shape == x.shape
-        traced = make_fx(function)(x)
-        symbolic = make_fx(function, tracing_mode="fake")(x)
-        exported = torch.export.export(Wrapped(function), (x,)).module()
-        other = torch.randn_like(x)
-        right = function(other)
-        for graph in (traced, symbolic, exported):
-            oracle.assert_close(graph(other), right, 1e-6)
+        if extent == 5:
+            traced = make_fx(function, tracing_mode="fake")(x)
+            oracle.assert_close(traced(other), function(other), 1e-6)
 
 
 class Wrapped(torch.nn.Module):
@@ -294,20 +334,73 @@ def test_vmap_over_nothing():
     assert vmap(lambda x: na1d_qk(x, x, 3))(x.mT).shape == (0, 1, 6, 4, 3)
 
 
-# Ahead of time ----------------------------------------------------------------------------------------------------------
+# Graphs that leave torch, or Python --------------------------------------------------------------------------------------
+
+
+class Model(torch.nn.Module):
+    """Both halves of the unfused kind, and the fused kind with additional tokens or without."""
+
+    def forward(self, tokens, heads_first, rpb, more=None):
+        output = natten.na2d(
+            tokens, tokens, tokens, 3, additional_keys=more, additional_values=more
+        )
+        logits = na2d_qk(heads_first, heads_first, 3, is_causal=True, rpb=rpb)
+        return output, na2d_av(logits.softmax(-1), heads_first, 3, is_causal=True)
+
+
+def of_size(batch, height):
+    tokens = torch.randn(batch, height, 5, 2, 8)
+    return tokens, torch.randn(batch, 2, height, 5, 8), torch.randn(2, 5, 5)
+
+
+def assert_same(results, expected):
+    for result, right in zip(results, expected, strict=True):
+        oracle.assert_close(result, right, 1e-5)
 
 
 def test_aot_inductor(tmp_path):
-    class Model(torch.nn.Module):
-        def forward(self, tokens, heads_first, rpb):
-            output = natten.na2d(tokens, tokens, tokens, 3)
-            logits = na2d_qk(heads_first, heads_first, 3, is_causal=True, rpb=rpb)
-            return output, na2d_av(logits.softmax(-1), heads_first, 3, is_causal=True)
+    """For any batch and height."""
+    batch, height = (
+        torch.export.Dim("batch", min=1, max=64),
+        torch.export.Dim("height", min=3, max=64),
+    )
+    shapes = {"tokens": {0: batch, 1: height}, "heads_first": {0: batch, 2: height}, "rpb": None}
+    program = torch.export.export(Model(), of_size(2, 4), dynamic_shapes=shapes)
+    path = torch._inductor.aoti_compile_and_package(
+        program,
+        package_path=f"{tmp_path}/model.pt2",
+        inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},  # it runs once
+    )
+    inputs = of_size(3, 6)
+    assert_same(torch._inductor.aoti_load_package(path)(*inputs), Model()(*inputs))
 
-    inputs = torch.randn(1, 4, 5, 2, 8), torch.randn(1, 2, 4, 5, 8), torch.randn(2, 5, 5)
-    program = torch.export.export(Model(), inputs)
-    path = torch._inductor.aoti_compile_and_package(program, package_path=f"{tmp_path}/model.pt2")
-    compiled = torch._inductor.aoti_load_package(path)
-    inputs = tuple(torch.randn_like(tensor) for tensor in inputs)
-    for result, right in zip(compiled(*inputs), Model()(*inputs), strict=True):
-        oracle.assert_close(result, right, 1e-5)
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python:torch.jit.TracerWarning")
+def test_a_trace_of_another_grid():
+    traced = torch.jit.trace(Model(), of_size(2, 4))
+    inputs = of_size(3, 4)
+    assert_same(traced(*inputs), Model()(*inputs))
+    with pytest.raises(
+        RuntimeError, match=r"wanted \(batch, 4, 5, .* torch.jit.trace .* torch.export"
+    ):
+        traced(*of_size(2, 6))
+
+
+def test_onnx(monkeypatch):
+    """What torch.onnx.export makes an ONNX graph of: torch's own operations, for any batch; and what it does not."""
+    model, inputs = Model(), (*of_size(2, 4), torch.randn(2, 1, 2, 8))
+    whole = torch.export.export(model, inputs)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    batch, height = torch.export.Dim("batch", max=64), torch.export.Dim("height", min=3, max=64)
+    shapes = {"tokens": {0: batch}, "heads_first": {0: batch}, "rpb": None, "more": {0: batch}}
+    program = torch.export.export(model, inputs, dynamic_shapes=shapes)
+    assert not [node for node in program.graph.nodes if "natten" in str(node.target)]
+    inputs = (*of_size(3, 4), torch.randn(3, 1, 2, 8))
+    assert_same(program.module()(*inputs), model(*inputs))
+    shapes["tokens"], shapes["heads_first"] = {1: height}, {2: height}
+    with pytest.raises(NotImplementedError, match="for one grid and any batch"):
+        torch.export.export(model, inputs, dynamic_shapes={**shapes, "more": None})
+    with pytest.raises(NotImplementedError, match="the module, no graph of it"):
+        whole.run_decompositions()
+    with pytest.raises(NotImplementedError, match="dynamo=True"):
+        torch.jit.trace(model, of_size(2, 4))

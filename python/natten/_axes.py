@@ -75,9 +75,11 @@ def integer(name: str, value: Any) -> int:
 
 def number(name: str, value: Any) -> float:
     """`value`, which must be a number."""
-    if isinstance(value, bool) or not (
-        isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) or hasattr(value, "__float__")
+    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(
+        value, bool
     ):
+        return float(value)  # torch.compile does not let symbolic ones be asked for a shape
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
         reject(name, repr(value), "a number")
     shape = getattr(value, "shape", ())
     if math.prod(shape) != 1:

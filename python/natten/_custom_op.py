@@ -1,10 +1,18 @@
 # SPDX-License-Identifier: MIT
 """How an op is made known to torch: schema, kernel, shapes, FLOPs, derivatives and vmap, the same way for every op.
 
-All of it is public API but for one thing. Neither reverse mode under torch.func nor forward mode can be registered for an
+All of it is public API but for one thing. Neither forward mode nor reverse mode under torch.func can be registered for an
 op: `torch.library.register_autograd` knows reverse mode outside of torch.func only. So an op's kernel for autograd is a
-`torch.autograd.Function`, of the kind that torch itself makes for each level of a torch.func transform; should a version
-of torch have none, the public registration takes its place, and torch.func and forward mode say that they do not work.
+`torch.autograd.Function`, of the kind that torch itself makes for each level of a torch.func transform.
+
+This is the private API of torch that the package stands on. Each version of torch that is supported is tried with it, and
+one that lacks any of it fails where it is imported or first used, not in silence:
+
+- for derivatives, `_AutoDispatchBelowAutograd`, `_SingleLevelFunction`, `enable_single_level_autograd_function` and
+  `_set_fwd_grad_enabled`, which torch's own Functions under torch.func are made with;
+- to see what a call is under, `_are_functorch_transforms_active`, `_current_level` (of forward mode),
+  `_len_torch_dispatch_stack`, `_get_tracing_state` and `_set_tracing_state`;
+- to see it faster than by public API, in each call, `_any_requires_grad` and `_is_any_autocast_enabled`.
 """
 
 from __future__ import annotations
@@ -14,17 +22,14 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._C import _AutoDispatchBelowAutograd
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 from torch.utils.flop_counter import register_flop_formula
 
-try:
-    from torch._C import _AutoDispatchBelowAutograd as _BelowAutograd
-    from torch._functorch.utils import enable_single_level_autograd_function as _single_level
-    from torch.autograd.function import _SingleLevelFunction
-except ImportError:  # pragma: no cover
-    _SingleLevelFunction = None  # type: ignore[assignment, misc]
-
 library: Any = torch.library.Library("natten", "DEF")  # type: ignore[no-untyped-call]
+_kernels: dict[Any, Callable[..., Any]] = {}
 
 
 class Derivatives(Protocol):
@@ -35,8 +40,8 @@ class Derivatives(Protocol):
         """Keeps what the others need."""
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        """The cotangents of all arguments."""
+    def backward(ctx: Any, saved: tuple[Any, ...], *cotangents: Tensor | None) -> Any:
+        """The cotangents of all arguments, by the tensors that were saved for it."""
 
     @staticmethod
     def jvp(ctx: Any, saved: tuple[Any, ...], *tangents: Tensor | None) -> Any:
@@ -58,8 +63,10 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
     name = schema.partition("(")[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"natten::{name}", fake, lib=library)
-    return getattr(torch.ops.natten, name).default
+    torch.library.register_fake(f"natten::{name}", _outside_onnx(fake), lib=library)
+    op = getattr(torch.ops.natten, name).default
+    _kernels[op] = kernel
+    return op
 
 
 def count_flops(op: Any, formula: Callable[..., int]) -> None:
@@ -69,19 +76,40 @@ def count_flops(op: Any, formula: Callable[..., int]) -> None:
 
 def transform(op: Any, derivatives: type[Derivatives], folding: FoldingOf) -> None:
     """Registers what the op is under autograd, of any order and in both modes, and under vmap."""
-    if _SingleLevelFunction is None:  # pragma: no cover
-        torch.library.register_autograd(
-            op.name(), derivatives.backward, setup_context=derivatives.setup_context, lib=library
-        )
-    else:
-        library.impl(op._opname, _recorded(op, derivatives), "Autograd")
+    library.impl(op._opname, _recorded(op, derivatives), "Autograd")
     torch.library.register_vmap(op.name(), _folded(op, folding), lib=library)
 
 
 def below_autograd(op: Any, arguments: tuple[Any, ...]) -> Any:
     """The op of these arguments, past its kernel for autograd."""
-    with _BelowAutograd():
+    with _AutoDispatchBelowAutograd():
         return op(*arguments)
+
+
+def composed(op: Any, arguments: tuple[Any, ...]) -> Any:
+    """What the op computes of these arguments in torch's own operations: for ONNX, whose graphs run without this package."""
+    names = [argument.name for argument in op._schema.arguments]
+    given = dict(zip(names, arguments, strict=False))
+    if not all(isinstance(number, int) for number in given["axes"]):
+        raise NotImplementedError(_ONNX)
+    return _kernels[op](**{**given, "backend": "reference"})
+
+
+_ONNX = (
+    "ONNX has no neighborhood attention: torch.onnx.export(module, ..., dynamo=True) composes it of other operations, for one "
+    "grid and any batch. Give the exporter the module, no graph of it, and no dynamic shapes but the batch's"
+)
+
+
+def _outside_onnx(fake: Callable[..., Any]) -> Callable[..., Any]:
+    """`fake`, which no op that the exporter is left with gets past."""
+
+    def shapes(*arguments: Any) -> Any:
+        if torch.onnx.is_in_onnx_export():
+            raise NotImplementedError(_ONNX)
+        return fake(*arguments)
+
+    return shapes
 
 
 # Autograd -----------------------------------------------------------------------------------------------------------
@@ -99,23 +127,38 @@ def _recorded(op: Any, derivatives: type[Derivatives]) -> Callable[..., Any]:
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
             return below_autograd(op, arguments)
 
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        saved = ctx.saved_tensors  # which may be computed now, by what autograd records
+        if (
+            torch.is_grad_enabled()
+            or torch._C._are_functorch_transforms_active()
+            or getattr(ctx, "has_tangents", False)
+            or any(map(_has_tangent, cotangents))
+        ):
+            return derivatives.backward(ctx, saved, *cotangents)
+        # Nobody differentiates this in turn: it need not pass the kernels for autograd, which cost 10 us each.
+        with _AutoDispatchBelowAutograd():
+            return derivatives.backward(ctx, saved, *cotangents)
+
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        ctx.has_tangents = True
         # So is forward mode inside a jvp, where an outer one wants it on; this one's tensors must have no tangents then.
         with forward_ad._set_fwd_grad_enabled(True):
             saved = tuple(map(_without_tangent, ctx.saved_tensors))
             return derivatives.jvp(ctx, saved, *tangents)
 
+    methods = {"forward": forward, "backward": backward, "jvp": jvp}
     # A dispatcher kernel sees one transform at a time: a Function for all of them at once would call itself.
     function: Any = type(
         f"natten_{op._opname}",
         (derivatives, _SingleLevelFunction),
-        {"forward": staticmethod(forward), "jvp": staticmethod(jvp)},
+        {name: staticmethod(method) for name, method in methods.items()},
     )
 
     def kernel(*arguments: Any) -> Any:
         if not torch._C._are_functorch_transforms_active():
             return function.apply(*arguments)
-        with _single_level():
+        with enable_single_level_autograd_function():
             return function.apply(*arguments)
 
     return kernel
@@ -124,6 +167,10 @@ def _recorded(op: Any, derivatives: type[Derivatives]) -> Callable[..., Any]:
 def _without_tangent(tensor: Tensor | None) -> Tensor | None:
     # By its number: Python does not know of levels that a compiled graph has entered.
     return None if tensor is None else forward_ad.unpack_dual(tensor, level=0).primal  # type: ignore[no-untyped-call]
+
+
+def _has_tangent(tensor: Tensor | None) -> bool:
+    return tensor is not None and forward_ad.unpack_dual(tensor, level=0).tangent is not None  # type: ignore[no-untyped-call]
 
 
 # vmap ---------------------------------------------------------------------------------------------------------------

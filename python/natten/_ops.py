@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from natten import _C, _dispatch, _launch, reference
 from natten._axes import AXIS_INTS
-from natten._custom_op import below_autograd, count_flops, define
+from natten._custom_op import below_autograd, composed, count_flops, define
 from natten._errors import reject
 from natten._problem import Operands
 from natten._signature import check, facts_of, lse_dtype
@@ -26,6 +26,8 @@ Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 def run(op: Any, needs_grad: bool, *arguments: Any) -> Any:
     """The op of these arguments; past autograd, where there is nothing to differentiate."""
+    if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
+        return composed(op, arguments)
     if (
         torch.compiler.is_compiling()
         or needs_grad

@@ -140,6 +140,9 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
     tracing = torch._C._get_tracing_state()
     if tracing is None:
         return tensor.shape
+    if torch.onnx.is_in_onnx_export():
+        message = "torch.onnx.export(..., dynamo=False) knows no neighborhood attention: give dynamo=True, its default"
+        raise NotImplementedError(message)
     # torch.jit.trace records sizes as tensors, which a problem, a constant of the trace, cannot be made of.
     torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:

@@ -190,14 +190,19 @@ def _check_shape(
 ) -> None:
     """Checks the dims whose numbers are known, and learns those of the others."""
     wanted: list[Any] = []
+    of_grid: list[bool] = []
     for dim in dims:
-        wanted += per_axis[dim] if dim in per_axis else [numbers.get(dim, dim)]
-    fits = len(shape) == len(wanted)
-    for size, dim in zip(shape, wanted, strict=False):
+        sizes = per_axis[dim] if dim in per_axis else [numbers.get(dim, dim)]
+        wanted += sizes
+        of_grid += [dim in ("*queries", "*keys")] * len(sizes)
+    fits, remedy = len(shape) == len(wanted), ""
+    for size, dim, is_of_grid in zip(shape, wanted, of_grid, strict=False):
         if isinstance(dim, str):
             numbers[dim] = size
         elif size != dim:
             fits = False
+            if is_of_grid:
+                remedy = "a graph of torch.jit.trace has the grid it was traced with, one of torch.export any"
     if not fits:
-        sizes, meaning = ", ".join(map(str, wanted)), ", ".join(dims)
-        reject(f"{name}.shape", tuple(shape), f"({sizes}), which is [{meaning}]")
+        sizes_wanted, meaning = ", ".join(map(str, wanted)), ", ".join(dims)
+        reject(f"{name}.shape", tuple(shape), f"({sizes_wanted}), which is [{meaning}]", remedy)

@@ -9,7 +9,6 @@ compute in float32 at least, as weights are in memory here, and not within a ker
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -315,10 +314,3 @@ def _like(gradient: Tensor | None, operand: Tensor, heads_first: bool) -> Tensor
     if gradient is None:
         return torch.zeros_like(operand)
     return (gradient.movedim(1, -2) if heads_first else gradient).to(operand.dtype)
-
-
-def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    device_type = tensor.device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return contextlib.nullcontext()
-    return torch.autocast(device_type, enabled=False)

@@ -28,12 +28,13 @@ class _Forward:
         ctx.save_for_forward(*operands)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, saved: tuple[Any, ...], *cotangents: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         d_output, d_lse = cotangents
         nothing = (None,) * len(ctx.settings)
         if d_output is None and d_lse is None:
             return (*(None,) * _NUM_OPERANDS, *nothing)
-        saved = ctx.saved_tensors
         if d_output is None:
             d_output = torch.zeros_like(saved[_NUM_OPERANDS])
         gradients = BACKWARD(*saved, d_output, d_lse, *ctx.settings)
@@ -59,9 +60,11 @@ class _Backward:
         ctx.save_for_forward(*operands, d_output, d_lse)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, saved: tuple[Any, ...], *cotangents: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         axes, scale, backend, *_ = ctx.settings
-        *given, d_output, d_lse = ctx.saved_tensors
+        *given, d_output, d_lse = saved
         operands = Operands(*given)
         tangents = [
             None if operand is None else cotangent

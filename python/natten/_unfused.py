@@ -209,9 +209,11 @@ def _total(*parts: Tensor | None) -> Tensor | None:
 
 class _Qk(_Bilinear):
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, saved: tuple[Any, ...], *cotangents: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         (d_weights,) = cotangents
-        (query, key), (rpb, axes, _, backend) = ctx.saved_tensors, ctx.settings
+        (query, key), (rpb, axes, _, backend) = saved, ctx.settings
         wants_query, wants_key, wants_rpb = ctx.needs_input_grad[:3]
         d_query = d_key = d_rpb = None
         if d_weights is not None:
@@ -244,9 +246,11 @@ class _Qk(_Bilinear):
 
 class _Av(_Bilinear):
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, saved: tuple[Any, ...], *cotangents: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         (d_output,) = cotangents
-        (weights, value), (axes, backend) = ctx.saved_tensors, ctx.settings
+        (weights, value), (axes, backend) = saved, ctx.settings
         d_weights = d_value = None
         if d_output is not None:
             if ctx.needs_input_grad[0]:
@@ -266,9 +270,11 @@ class _Av(_Bilinear):
 
 class _AvTransposed(_Bilinear):
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, saved: tuple[Any, ...], *cotangents: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         (d_output,) = cotangents
-        (weights, x), (axes, _, backend) = ctx.saved_tensors, ctx.settings
+        (weights, x), (axes, _, backend) = saved, ctx.settings
         d_weights = d_x = None
         if d_output is not None:
             if ctx.needs_input_grad[0]:
@@ -293,7 +299,9 @@ class _RpbGradient:
         ctx.shape, ctx.dtype = weights.shape, weights.dtype
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, saved: tuple[Any, ...], *cotangents: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         (table,) = cotangents
         assert table is not None  # it is the only result
         # Every weight gets the entry of its relative position: that is qk of nothing but a bias.

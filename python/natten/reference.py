@@ -110,8 +110,10 @@ def _chunks(
     extents = [axis[_QUERY_EXTENT] for axis in axes]
     count = math.prod(extents)
     slots = math.prod(table.keys.shape[1] for table in tables)
-    size = max(1, _CHUNK_NUMBERS // max(1, slots * numbers_per_slot))
-    for begin in range(0, count, size):
+    size = count  # in a graph for any batch, whose size is symbolic
+    if isinstance(numbers_per_slot, int):
+        size = max(1, _CHUNK_NUMBERS // max(1, slots * numbers_per_slot))
+    for begin in range(0, count, max(1, size)):
         flat = torch.arange(begin, min(begin + size, count), device="cpu")
         rest, places = flat, []
         for extent in reversed(extents):
