@@ -84,11 +84,25 @@ def test_a_library_of_something_else(tmp_path):
         ("kNoEntry", "its kernel 0 has no entry point for its op"),
         ("kHugeTiles", "its kernel 0 has tiles of 4096 and 32 tokens; wanted powers of two"),
         ("kNoArchs", "its kernel 0 has no architectures"),
+        ("kForeignTable", "its function natten_cuda_library returns no table of its own"),
+        ("kForeignKernels", "its table of 2 kernels is not there"),
+        ("kTooManyKernels", "its table of 1073741824 kernels is not there"),
+        ("kForeignName", "its kernel 1 has no name inside the library"),
+        ("kForeignPolicy", "its kernel 1 has no backend or no policy inside the library"),
+        ("kForeignEntry", "its kernel 1 has no entry point for its op inside the library"),
+        ("kEntryOfData", "its kernel 1 has no entry point for its op inside the library"),
+        ("kForeignWorkspace", "its kernel 1 has no entry point for its op inside the library"),
+        ("kForeignArchs", "its kernel 1 has no architectures inside the library"),
+        ("kTooManyArchs", "its kernel 1 has no architectures inside the library"),
+        ("kForeignToolkit", "it does not say what built it"),
+        ("kForeignDriver", "it cannot tell the driver's version"),
     ],
 )
 def test_a_table_that_is_wrong(fault, match, tmp_path):
+    """Nothing is read or called that is not in the library: pointers that are not null may lead anywhere."""
+    library = build(tmp_path / "libwrong.so", name="wrong", on_host=0, fault=fault)
     with pytest.raises(ValueError, match=match):
-        natten.load_kernels(build(tmp_path / "libwrong.so", name="wrong", fault=fault))
+        natten.load_kernels(library)
 
 
 def test_data_for_a_function(tmp_path):
