@@ -155,7 +155,7 @@ def test_on_emulated_kernels(run, tmp_path):
         "--library",
         str(EMULATION),
         INSTALLED=str(installed),
-        PYTEST_ARGS="tests/test_kernels.py -k test_feature[batch",
+        PYTEST_ARGS="tests/test_kernels.py -k rank1-valid",
         BENCH_ARGS="--quick --case 2d-56-k7 --dtype fp32 --forward-only --no-alternatives",
     )
     assert done.returncode == 0, done.stdout + done.stderr
