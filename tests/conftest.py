@@ -16,7 +16,7 @@ pytest.register_assert_rewrite("tests.oracle")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", help="where tests run: cpu, or cuda")
+    parser.addoption("--device", default="cpu", help="where tests run: cpu, cuda, or emulation")
 
 
 def pytest_configure(config: pytest.Config) -> None:

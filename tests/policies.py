@@ -11,8 +11,10 @@ import torch
 import natten
 from natten import _C, _dispatch
 
-# Where tests run that are not marked `cpu`: pytest's option --device.
+# Where tests run that are not marked `cpu`, pytest's option --device: their tensors, and the part of the table that holds
+# their kernels, which is "cpu", "cuda" or "emulation".
 DEVICE = torch.device("cpu")
+KERNELS = "cpu"
 
 # CUDA kernels for the CPU; `make emulation` builds them.
 EMULATION = Path(__file__).parents[1] / "build" / "emulation" / "libnatten_emulation.so"
@@ -45,11 +47,11 @@ class Policy:
 
 
 def policies(where: str = "", op: str = "forward") -> list[Policy]:
-    """Of the table for "cpu", "cuda" or "emulation" (by default, of the device that tests run on).
+    """Of the table for "cpu", "cuda" or "emulation" (by default, of what tests run on).
 
     `op` is "forward", or "qk" for those of the unfused ops.
     """
-    where = where or DEVICE.type
+    where = where or KERNELS
     ops = ("forward", "backward") if op == "forward" else ("qk", "av", "av_transposed")
     groups: dict[tuple[str, str], list[_C.Kernel]] = {}
     for kernel in _C.kernels(where):
@@ -87,14 +89,14 @@ def _policy(op: str, backend: str, dtype: str, rows: list[_C.Kernel], where: str
 
 
 def use_device(name: str) -> None:
-    """Makes `name` the device that tests run on.
+    """Makes `name` the device that tests run on; "emulation" is the CPU, with CUDA kernels.
 
     Raises:
-        ValueError: If there is no such device here, or, on a GPU, no kernel to test.
+        ValueError: If there is no such device here, or no kernel to test.
     """
-    global DEVICE
+    global DEVICE, KERNELS
     try:
-        device = torch.device(name)
+        device = torch.device("cpu" if name == "emulation" else name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         message = f"--device {name}: torch {torch.__version__} has no such device here: {error}"
@@ -102,4 +104,8 @@ def use_device(name: str) -> None:
     if device.type == "cuda" and not natten.has_cuda():
         message = f"--device {name}: this natten was built without CUDA kernels (NATTEN_CUDA)"
         raise ValueError(message)
+    if name == "emulation" and not emulated_policies():
+        message = f"--device {name}: there is no {EMULATION}; `make emulation` builds it"
+        raise ValueError(message)
     DEVICE = device
+    KERNELS = "emulation" if name == "emulation" else device.type

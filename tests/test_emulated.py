@@ -15,6 +15,7 @@ from tests import oracle
 from tests.cases import random_problem
 from tests.policies import EMULATION, emulated_policies
 from tests.test_kernels import call, check, check_poison, expectation
+from tests.test_magnitudes import MISSING, check_masks, check_missing_keys
 
 pytestmark = [
     pytest.mark.cpu,
@@ -78,6 +79,19 @@ def test_scales_that_are_not_positive(name, scale):
     """Where a masked logit of -inf must not be multiplied."""
     problem = replace(random_problem(("rank2", "scale"), 0), scale=scale, magnitude=1.0)
     check(replace(problem, has_rpb=False), POLICIES[name])
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_masks(name):
+    """Logits of -1e8 to -1e12 beside ordinary ones, of additional keys and biased ones, too."""
+    check_masks("shift", POLICIES[name])
+
+
+@pytest.mark.parametrize("kernel_size", MISSING, ids=str)
+@pytest.mark.parametrize("backend", ["naive:naive", "fna:Sm50", "fna:Sm80Simt"])
+def test_missing_keys(backend, kernel_size):
+    """With boundary "zeros"."""
+    check_missing_keys(kernel_size, backend)
 
 
 @pytest.fixture

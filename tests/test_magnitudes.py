@@ -14,7 +14,7 @@ import torch
 import natten
 from tests import oracle
 from tests.cases import Problem
-from tests.policies import policies
+from tests.policies import Policy, policies
 
 
 @pytest.fixture(params=policies(), ids=str)
@@ -181,6 +181,75 @@ def test_masked_keys(masked, policy):
     oracle.assert_close(results[1], lse, max(1e-5, eps * lse.max().item()), "lse")
 
 
+@pytest.mark.parametrize("boundary", ["shift", "zeros"])
+def test_masks_of_any_size(boundary, policy):
+    """Masks of -1e8 to -1e12, in channels of queries and keys, are those of -128: also where whole windows are masked.
+
+    Gradients, too, of rows whose LSE is of ordinary size; of the others they are finite.
+    """
+    check_masks(boundary, policy)
+
+
+CHANNELS = 8  # that hold a mask
+MASKED_QUERY = 2.0**15  # with a small scale, so that float16 can hold gradients
+
+
+def check_masks(boundary: str, policy: Policy) -> None:
+    problem = problem_of(
+        (5, 34), (3, 5), boundary, scale=2.0**-7, heads=2, additional=5, has_rpb=True
+    )
+    operands = problem.operands(policy.dtype)
+    operands[0].mul_(32)
+    operands[0][..., :CHANNELS] = MASKED_QUERY
+    hidden = {i: torch.rand(operands[i].shape[:-1]) < 0.5 for i in (1, 3)}
+    hidden[1][:, :, :12] = True  # windows of queries there see nothing else,
+    hidden[3][..., 1] = True  # nor do those of one head see additional keys
+
+    def masked(logit_of):
+        """The operands with these logits of hidden keys, up to what the ordinary channels add."""
+        result = list(operands)
+        for i, where in hidden.items():
+            logits = logit_of(where.shape) * where
+            factor = CHANNELS * MASKED_QUERY * problem.scale_value
+            result[i] = operands[i].clone()
+            result[i][..., :CHANNELS] = (logits / factor)[..., None].to(policy.dtype)
+        return result
+
+    highest = 1 if policy.dtype == torch.float16 else 14  # which float16 can just hold
+    huge = masked(lambda shape: -1.75 * 2.0 ** (26 + torch.randint(highest, shape)).double())
+    modest = masked(lambda shape: torch.full(shape, -128.0).double())
+
+    results = oracle.run(lambda *t: call(problem, t, policy.backend), huge)
+    for what, result in zip(oracle.NAMES, results, strict=True):
+        assert result.isfinite().all(), what
+
+    wide = [None if t is None else t.double() for t in huge]
+    logits_of = torch.float64 if policy.dtype == torch.float64 else torch.float32
+    lse = oracle.dense(problem, wide, torch.float64, logits_of=logits_of)[1]
+    is_ordinary = lse.abs() < 100
+    assert 0.5 < is_ordinary.double().mean() < 1
+    rounding = 8 * torch.finfo(policy.precision).eps
+    size = lse.abs().clamp(min=16)
+    oracle.assert_close(results[1].double() / size, lse / size, rounding, "lse")
+
+    def ordinary(function):
+        def rows(*tensors):
+            output, lse = function(*tensors)
+            return output.where(is_ordinary[..., None], 0), lse.where(is_ordinary, 0)
+
+        return rows
+
+    compared = (
+        oracle.run(ordinary(lambda *t: call(problem, t, policy.backend)), huge),
+        oracle.run(ordinary(lambda *t: oracle.dense(problem, t)), wide),
+        oracle.run(ordinary(lambda *t: oracle.dense(problem, t, policy.precision)), modest),
+    )
+    for found in compared:
+        for i in (3, 5):  # whose masked channels are times a large query
+            found[i] = found[i][..., CHANNELS:]
+    oracle.assert_as_good_as_dense(*compared, policy.precision)
+
+
 @pytest.mark.parametrize("policy", policies(op="qk"), ids=str)
 def test_unfused_logits_of_mixed_magnitudes(policy):
     """Weights are products of one key each, and a sum over values has weights of 0 for all but the highest logits."""
@@ -296,11 +365,18 @@ def test_products_beyond_the_largest_float(policy):
         oracle.assert_close(result, right, rounding * largest, name)
 
 
+MISSING = (2**27 + 5, 3)  # whose cube is beyond 64 bits, or small
+
+
 @pytest.mark.cpu
 @pytest.mark.parametrize("backend", ["reference", "naive", "fna", "flex"])
-@pytest.mark.parametrize("kernel_size", [2**27 + 5, 3], ids=["more-than-64-bits", "few"])
+@pytest.mark.parametrize("kernel_size", MISSING, ids=str)
 def test_missing_keys(kernel_size, backend):
     """With boundary "zeros", all keys that are not there count, however many they are."""
+    check_missing_keys(kernel_size, backend)
+
+
+def check_missing_keys(kernel_size: int, backend: str) -> None:
     query, key, value = torch.randn(3, 1, 2, 3, 2, 1, 16).unbind()
     output, lse = natten.na3d(
         query, key, value, kernel_size, boundary="zeros", return_lse=True, backend=backend

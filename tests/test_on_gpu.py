@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""bench/on_gpu.sh, with programs that only write down how they are called."""
+"""bench/on_gpu.sh: with programs that only write down how they are called, and once on emulated kernels."""
 
 from __future__ import annotations
 
+import filecmp
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from tests.policies import EMULATION
 
 pytestmark = pytest.mark.cpu
 ROOT = Path(__file__).parents[1]
@@ -28,6 +32,23 @@ case "$*" in *$HANGS*) exec sleep 60 ;; esac
 case "$*" in *$FAILS*) exit 1 ;; esac
 """,
 }
+
+# In the place of a Python with a GPU: tests run the emulated kernels of one policy, the benchmark those of the CPU.
+PYTHON_OF_EMULATION = f"""#!{sys.executable}
+import os, sys
+words = sys.argv[1:]
+if "pip" in words:
+    sys.exit()
+if "natten._C" in words[1]:
+    print(os.environ["INSTALLED"] + "/_C.so")
+    sys.exit()
+if "pytest" in words:
+    words[words.index("cuda")] = "emulation"
+    words[words.index("-k") + 1] = "fna-Sm80-float16 and (" + words[words.index("-k") + 1] + ")"
+elif "bench" in words:
+    words[words.index("cuda")] = "cpu"
+os.execv(sys.executable, [sys.executable, *words])
+"""
 
 
 @pytest.fixture
@@ -121,6 +142,30 @@ def test_a_library_that_was_built_beforehand(run, tmp_path):
     assert "- kernels: built.so, SHA-256 " in report
     assert (tmp_path / "installed" / "libnatten_cuda.so").read_text() == "kernels"
     assert "| racecheck | passed |" in report
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not EMULATION.exists(), reason="needs `make emulation`")
+def test_on_emulated_kernels(run, tmp_path):
+    """Every stage calls pytest, or the benchmark, as they want to be called, and what they find comes into the report."""
+    installed = tmp_path / "installed"
+    installed.mkdir()
+    (tmp_path / "programs" / "python").write_text(PYTHON_OF_EMULATION)
+    done, report, _ = run(
+        "--library",
+        str(EMULATION),
+        INSTALLED=str(installed),
+        PYTEST_ARGS="tests/test_kernels.py -k rank1-valid",
+        BENCH_ARGS="--quick --case 2d-56-k7 --dtype fp32 --forward-only --no-alternatives",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert filecmp.cmp(installed / "libnatten_cuda.so", EMULATION, shallow=False)
+    rows = dict(re.findall(r"^\| (\w+) \| passed \| \d+ \| (.*) \|$", report, re.MULTILINE))
+    assert list(rows) == ["build", "smoke", "bench", "test", "memcheck", "racecheck"]
+    for stage, passed in {"smoke": 3, "test": 1, "memcheck": 6, "racecheck": 2}.items():
+        assert rows[stage].startswith(f"{passed} passed, "), rows[stage]
+    assert re.search(r"torch \d", report)
+    assert re.search(r"\| 2d-56-k7 ", report)  # the benchmark's table
 
 
 def test_a_stage_that_takes_too_long(run):

@@ -42,22 +42,30 @@ std::string last_error() {
 }
 
 // What is wrong with an entry of a table, as the end of a sentence about it.
-std::string trouble_with_kernel(cuda::KernelInfo const& kernel) {
-  if (kernel.name == nullptr) return "has no name";
-  if (kernel.backend == nullptr || kernel.policy == nullptr) return "has no backend or no policy";
+std::string trouble_with_kernel(cuda::KernelInfo const& kernel, Mapping const& mapping) {
+  if (!mapping.has_text(kernel.name)) return "has no name inside the library";
+  if (!mapping.has_text(kernel.backend) || !mapping.has_text(kernel.policy)) {
+    return "has no backend or no policy inside the library";
+  }
   if (static_cast<int>(kernel.op) < 0 || static_cast<int>(kernel.op) > static_cast<int>(Op::kRpbGradient)) {
     return "is of an unknown op";
   }
-  if (kernel.num_archs < 0 || (kernel.num_archs > 0 && kernel.archs == nullptr)) return "has no architectures";
+  if (kernel.num_archs != 0 && !mapping.has(kernel.archs, kernel.num_archs)) {
+    return "has no architectures inside the library";
+  }
   bool const has_tiles = kernel.own_tokens != 0 || kernel.streamed_tokens != 0;
   if (has_tiles && !(is_tile_size(kernel.own_tokens) && is_tile_size(kernel.streamed_tokens))) {
     return "has tiles of " + std::to_string(kernel.own_tokens) + " and " + std::to_string(kernel.streamed_tokens) +
            " tokens; wanted powers of two, at most " + std::to_string(kMostTileTokens);
   }
-  bool const has_entry = kernel.op == Op::kForward    ? kernel.forward.run != nullptr
-                         : kernel.op == Op::kBackward ? kernel.backward.run != nullptr
-                                                      : kernel.unfused.run != nullptr;
-  return has_entry ? "" : "has no entry point for its op";
+  auto const has_entry = [&](auto const& entry) {
+    bool const needs_workspace = entry.workspace_bytes != nullptr;
+    return mapping.has_function(entry.run) && (!needs_workspace || mapping.has_function(entry.workspace_bytes));
+  };
+  bool const can_run = kernel.op == Op::kForward    ? has_entry(kernel.forward)
+                       : kernel.op == Op::kBackward ? has_entry(kernel.backward)
+                                                    : has_entry(kernel.unfused);
+  return can_run ? "" : "has no entry point for its op inside the library";
 }
 
 cuda::Library const* open_library(std::string const& path) {
@@ -76,20 +84,23 @@ cuda::Library const* open_library(std::string const& path) {
     throw fail("its symbol natten_cuda_library is no function");
   }
   cuda::Library const* const library = reinterpret_cast<cuda::Library const* (*)()>(address)();
-  if (library == nullptr) throw fail("its function natten_cuda_library returns no table");
+  Mapping const mapping(address);
+  if (!mapping.has(library)) throw fail("its function natten_cuda_library returns no table of its own");
   if (library->abi_version != cuda::kAbiVersion || library->arguments_bytes != int(sizeof(BackwardArguments))) {
     throw fail("it was built for interface " + std::to_string(library->abi_version) + " of " +
                std::to_string(library->arguments_bytes) + " bytes, and this natten has interface " +
                std::to_string(cuda::kAbiVersion) + " of " + std::to_string(sizeof(BackwardArguments)) +
                " bytes; build it again with this version's headers");
   }
-  if (library->toolkit == nullptr) throw fail("it does not say what built it");
-  if (library->num_kernels < 0 || (library->num_kernels > 0 && library->kernels == nullptr)) {
+  if (!mapping.has_text(library->toolkit)) throw fail("it does not say what built it");
+  if (library->num_kernels != 0 && !mapping.has(library->kernels, library->num_kernels)) {
     throw fail("its table of " + std::to_string(library->num_kernels) + " kernels is not there");
   }
-  if (library->on_host == 0 && library->driver_version == nullptr) throw fail("it cannot tell the driver's version");
+  if (library->on_host == 0 && !mapping.has_function(library->driver_version)) {
+    throw fail("it cannot tell the driver's version");
+  }
   for (int i = 0; i < library->num_kernels; ++i) {
-    std::string const trouble = trouble_with_kernel(library->kernels[i]);
+    std::string const trouble = trouble_with_kernel(library->kernels[i], mapping);
     if (!trouble.empty()) throw fail("its kernel " + std::to_string(i) + " " + trouble);
   }
   return library;

@@ -1,17 +1,21 @@
 // SPDX-License-Identifier: MIT
 // A look at a file before it is loaded: dlopen hangs on a pipe, and what lies behind the end of a truncated library is a
-// SIGBUS for whoever touches it.
+// SIGBUS for whoever touches it. And a look at where a library lies that was loaded, as a pointer that it hands out may lead
+// anywhere.
 #pragma once
 
 #include <elf.h>
 #include <fcntl.h>
+#include <link.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace natten {
@@ -68,5 +72,63 @@ inline std::string trouble_with_file(std::string const& path) {
   }
   return is_whole ? "" : "it is truncated: " + std::to_string(size) + " bytes are fewer than its headers tell of";
 }
+
+// The segments of the loaded library that an address is in. Nothing of what is asked about is touched but what is theirs.
+class Mapping {
+ public:
+  explicit Mapping(void const* address) : address_(reinterpret_cast<std::uintptr_t>(address)) {
+    dl_iterate_phdr(&Mapping::look_at, this);
+  }
+
+  // Whether so many objects can be read from there.
+  template <class T>
+  bool has(T const* objects, int count = 1) const {
+    auto const begin = reinterpret_cast<std::uintptr_t>(objects);
+    return count >= 0 && begin % alignof(T) == 0 && bytes_from(begin, PF_R) / sizeof(T) >= std::uintptr_t(count);
+  }
+  // Whether this is a text that ends.
+  bool has_text(char const* text) const {
+    std::uintptr_t const bytes = bytes_from(reinterpret_cast<std::uintptr_t>(text), PF_R);
+    return bytes > 0 && std::memchr(text, 0, bytes) != nullptr;
+  }
+  // Whether it can be called.
+  template <class Result, class... Parameters>
+  bool has_function(Result (*function)(Parameters...)) const {
+    return bytes_from(reinterpret_cast<std::uintptr_t>(function), PF_X) > 0;
+  }
+
+ private:
+  struct Segment {
+    std::uintptr_t begin, end;
+    std::uint32_t flags;
+  };
+
+  static int look_at(dl_phdr_info* object, std::size_t, void* mapping) {
+    auto& self = *static_cast<Mapping*>(mapping);
+    std::vector<Segment> segments;
+    bool is_there = false;
+    for (int i = 0; i < object->dlpi_phnum; ++i) {
+      ElfW(Phdr) const& header = object->dlpi_phdr[i];
+      if (header.p_type != PT_LOAD) continue;
+      std::uintptr_t const begin = object->dlpi_addr + header.p_vaddr;
+      segments.push_back({begin, begin + header.p_memsz, header.p_flags});
+      is_there = is_there || (begin <= self.address_ && self.address_ < segments.back().end);
+    }
+    if (is_there) self.segments_ = std::move(segments);
+    return is_there;
+  }
+
+  // From an address to the end of its segment; 0 where there is none that allows what `flag` says.
+  std::uintptr_t bytes_from(std::uintptr_t address, std::uint32_t flag) const {
+    for (Segment const& segment : segments_) {
+      bool const is_there = segment.begin <= address && address < segment.end;
+      if (is_there) return (segment.flags & flag) != 0 ? segment.end - address : 0;
+    }
+    return 0;
+  }
+
+  std::uintptr_t address_;
+  std::vector<Segment> segments_;
+};
 
 }  // namespace natten

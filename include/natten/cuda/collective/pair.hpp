@@ -41,13 +41,13 @@ CUTE_DEVICE T* row_of(TokenView const& view, int const (&p)[kMaxRank]) {
 struct Token {
   Own own;  // a tile of this one token: own.origin is its position
   Interval others[kMaxRank];
-  std::int64_t missing;  // keys that a query with boundary "zeros" counts and does not have
+  double missing = 0;  // keys that a query with boundary "zeros" counts and does not have
 
   // Whether `item` of a partition into single tokens is one: smaller dilation groups have some less.
   template <Side kSide>
   CUTE_DEVICE bool locate(Partition const& partition, Problem const& problem, std::int64_t item) {
     own.locate(partition, item);
-    std::int64_t counted = 1, present = 1;
+    int counted[kMaxRank], present[kMaxRank];
     for (int a = 0; a < kMaxRank; ++a) {
       Group const group = problem.axes[a].group(own.group[a]);
       Interval const tokens = tile_side(group, kSide);
@@ -55,13 +55,13 @@ struct Token {
       if (own.origin[a] >= tokens.end) return false;
       if (kSide == Side::kQuery) {
         others[a] = group.window(own.origin[a]);
-        counted *= group.counted(own.origin[a]);
-        present *= others[a].size();
+        counted[a] = group.counted(own.origin[a]);
+        present[a] = others[a].size();
       } else {
         others[a] = group.inverse(own.origin[a]);
       }
     }
-    missing = counted - present;
+    if (kSide == Side::kQuery) missing = missing_keys(counted, present);
     return true;
   }
 };

@@ -125,7 +125,7 @@ struct FnaForward {
     float maximum[kRows], sum[kRows];
     CUTE_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      float const missing = missing_keys(problem, state, get<0>(coordinates(r, 0)));
+      float const missing = missing_of_row(problem, state, get<0>(coordinates(r, 0)));
       maximum[r] = missing > 0 ? 0.0f : -INFINITY;  // keys with logit 0
       sum[r] = get<1>(coordinates(r, 0)) == 0 ? missing : 0.0f;
     }
@@ -193,16 +193,19 @@ struct FnaForward {
   }
 
   // Keys that boundary "zeros" counts beyond the grid, for the query of this row.
-  CUTE_DEVICE static float missing_keys(Problem const& problem, State const& state, int row) {
-    float counted = 1, there = 1;
+  CUTE_DEVICE static float missing_of_row(Problem const& problem, State const& state, int row) {
+    int counted[kMaxRank], present[kMaxRank];
+    bool misses_none = true;
     for (int a = 0; a < kMaxRank; ++a) {
       int const p = state.own.origin[a] + state.own.tokens.shape.at(row, a);
       if (p >= state.own.tokens.box[a].end) return 0;
       Group const group = problem.axes[a].group(state.own.group[a]);
-      counted *= float(group.counted(p));
-      there *= float(group.window(p).size());
+      counted[a] = group.counted(p);
+      present[a] = group.window(p).size();
+      misses_none = misses_none && counted[a] == present[a];
     }
-    return counted - there;
+    // Most rows: they are spared numbers of double precision, which few GPUs are fast in.
+    return misses_none ? 0.0f : float(missing_keys(counted, present));
   }
 };
 

@@ -23,7 +23,7 @@ class OnlineSoftmax {
     sums_.add(weight, value);
   }
   // `count` keys with logit 0 and value 0.
-  CUTE_DEVICE void add_zeros(std::int64_t count) {
+  CUTE_DEVICE void add_zeros(double count) {
     if (count == 0) return;
     raise_maximum(0);
     denominator_ += static_cast<Real>(count) * std::exp(-maximum_);
