@@ -108,8 +108,8 @@ def test_kernels_alike_on_all_architectures_belong_to_every_policy(name):
         assert not any(kernel.is_cuda for kernel, _ in rows)
 
 
-def test_the_readme_says_the_same():
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+def test_the_documentation_says_the_same():
+    readme = (Path(__file__).parents[1] / "docs" / "gpu.md").read_text()
     rows = re.findall(r"^\| SM(\d+)(?: to SM(\d+))?: [\w, ]+ \| (.*) \|$", readme, re.MULTILINE)
     said = {
         arch: tuple(cell.strip("`") for cell in cells.split(" | "))
