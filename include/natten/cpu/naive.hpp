@@ -545,7 +545,7 @@ class NaiveBackward {
   Tensors<Storage, BackwardArguments> const t_{a_};
   Grid grid_;
   std::int64_t num_rows_;  // of the query tensor
-  RowStats* stats_;        // of every row
+  RowStats* stats_;  // of every row
 };
 
 template <class Storage>
