@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import vmap
+from torch.autograd import forward_ad
+from torch.func import grad, jvp, vmap
 
 import natten
 from tests.cases import random_problem
@@ -118,3 +119,24 @@ def test_reasons_on_this_device():
     rpb = torch.zeros(1, 5)
     with pytest.raises(NotImplementedError, match="bias table"):
         natten.na1d(x, x, x, 3, rpb=rpb, backend="flex")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_derivatives_are_refused_by_name():
+    """And never zeros in silence."""
+    x = torch.randn(1, 5, 1, 4)
+
+    def run(x):
+        return natten.na1d(x, x, x, 3, backend="flex").sum()
+
+    with pytest.raises(NotImplementedError, match="'flex' has no forward mode"):
+        jvp(run, (x,), (x,))
+    with pytest.raises(NotImplementedError, match="'flex' has no forward mode"):
+        vmap(lambda x: jvp(run, (x,), (x,)))(x[None])
+    with forward_ad.dual_level():
+        run(x)
+        with pytest.raises(NotImplementedError, match="'flex' has no forward mode"):
+            run(forward_ad.make_dual(x, x))
+    for derivative in (grad(run), lambda x: vmap(grad(run))(x[None])):
+        with pytest.raises(NotImplementedError, match=r"'flex'"):
+            derivative(x)

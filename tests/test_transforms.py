@@ -264,6 +264,17 @@ def test_compiled_transform(kind, transform, counter):
         oracle.assert_close(result, value, 1e-10 * max(1.0, value.abs().max().item()))
 
 
+def test_compiled_tangents_of_every_size_at_once(counter):
+    def function(x):
+        return jvp(lambda x: natten.na1d(x, x.sin(), x, 3, return_lse=True), (x,), (x.cos(),))[1]
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    for batch, extent in ((2, 5), (3, 6), (4, 9)):
+        x = torch.randn(batch, extent, 3, 4)
+        assert_same(compiled(x), function(x))
+    assert counter.frame_count == 1
+
+
 def test_tangents_through_a_module_with_dropout(counter):
     """Attention with dropped weights is unfused."""
     module = natten.NeighborhoodAttention1D(16, 2, 3, attn_drop=0.5).double()

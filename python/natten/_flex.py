@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from natten import _C
 from natten._autocast import without_autocast
@@ -176,11 +177,7 @@ def _flatten(tensor: Tensor, more: Tensor | None, rank: int) -> Tensor:
 @without_autocast
 def forward(operands: Operands, flat_axes: tuple[int, ...], scale: float) -> tuple[Tensor, Tensor]:
     """Output [batch, *grid, heads, head_dim_value] and LSE [batch, *grid, heads] of a problem that has queries and keys."""
-    if operands.query.device.type == "cpu":
-        # Without grad mode it still refuses what would require a gradient with it.
-        tensors: list[Any] = [None if t is None else t.detach() for t in operands]
-        operands = Operands(*tensors)
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return _Transformed.apply(*operands[:-1], flat_axes, scale)  # type: ignore[no-untyped-call, no-any-return]
     return _compute(operands, flat_axes, scale)
 
@@ -188,6 +185,10 @@ def forward(operands: Operands, flat_axes: tuple[int, ...], scale: float) -> tup
 def _compute(operands: Operands, flat_axes: tuple[int, ...], scale: float) -> tuple[Tensor, Tensor]:
     from torch.nn.attention.flex_attention import AuxRequest
 
+    if operands.query.device.type == "cpu":
+        # Without grad mode it still refuses what would require a gradient with it.
+        tensors: list[Any] = [None if t is None else t.detach() for t in operands]
+        operands = Operands(*tensors)
     query, key, value, additional_keys, additional_values, _ = operands
     rank = query.dim() - 3
     grid = query.shape[:-1]
@@ -218,7 +219,10 @@ def _compute(operands: Operands, flat_axes: tuple[int, ...], scale: float) -> tu
 
 
 class _Transformed(torch.autograd.Function):
-    """The same under transforms of torch.func, which FlexAttention does not know: vmap's dim is folded into the batch."""
+    """The same under transforms of torch.func and in forward mode, which FlexAttention does not know.
+
+    vmap's dim is folded into the batch; derivatives are refused.
+    """
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -232,6 +236,11 @@ class _Transformed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
         message = "backend 'flex' has no gradients under torch.func: use torch.autograd, or another backend"
+        raise NotImplementedError(message)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        message = "backend 'flex' has no forward mode: use another backend"
         raise NotImplementedError(message)
 
     @staticmethod

@@ -4,7 +4,8 @@
 These two are all that forward mode and second derivatives need: a gradient is the vector of directional derivatives,
 so what cotangents of the gradients pull back to is a directional derivative of the gradients, too. Both are made of
 differentiable ops, which gives them derivatives of any order, and run on the compiled kernels of the unfused ops. They
-compute in float32 at least, as weights are in memory here, and not within a kernel.
+compute in float32 at least, as weights are in memory here, and not within a kernel. Results are contiguous, as those of the
+ops are: torch copies a tangent whose layout is not its tensor's, and where sizes are symbolic it cannot.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def of_output(
         outputs.append(_or_zeros(output, o.query, width))
         lses.append(_or_zeros(mean, o.query, 1))
     return (
-        torch.cat(outputs, 2).movedim(1, -2).to(operands.query.dtype),
-        torch.cat(lses, 2).movedim(1, -2).squeeze(-1),
+        torch.cat(outputs, 2).movedim(1, -2).to(operands.query.dtype).contiguous(),
+        torch.cat(lses, 2).movedim(1, -2).squeeze(-1).contiguous(),
     )
 
 
@@ -312,5 +313,5 @@ def _or_zeros(tensor: Tensor | None, rows: Tensor, width: int) -> Tensor:
 
 def _like(gradient: Tensor | None, operand: Tensor, heads_first: bool) -> Tensor:
     if gradient is None:
-        return torch.zeros_like(operand)
-    return (gradient.movedim(1, -2) if heads_first else gradient).to(operand.dtype)
+        return operand.new_zeros(operand.shape)
+    return (gradient.movedim(1, -2) if heads_first else gradient).to(operand.dtype).contiguous()
