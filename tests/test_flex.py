@@ -121,7 +121,7 @@ def test_reasons_on_this_device():
         natten.na1d(x, x, x, 3, rpb=rpb, backend="flex")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_derivatives_are_refused_by_name():
     """And never zeros in silence."""
     x = torch.randn(1, 5, 1, 4)

@@ -61,7 +61,8 @@ struct Schedule {
   int widest[kMaxRank];  // tokens of a block with what it is widened by
   int blocks[kMaxRank];  // per group
   int step;  // tokens of a block on the first axis that are worked on at a time
-  std::int64_t max_packed;  // tokens
+  std::int64_t max_packed;  // tokens, with what rows are padded by
+  std::int64_t max_summed = std::int64_t{1} << 62;  // tokens, without
   std::int64_t batch;
   int heads_kv;
   std::int64_t items;
@@ -79,7 +80,7 @@ struct Schedule {
         batch(problem.batch),
         heads_kv(problem.heads_kv),
         completes_stream(sum_bytes > 0) {
-    if (completes_stream) max_packed = min(max_packed, kSumBytes / sum_bytes);
+    if (completes_stream) max_summed = kSumBytes / sum_bytes;
     if (slides && plan(problem, state_bytes, allow_ring, num_threads)) return;
     slides = false;
     plan(problem, state_bytes, allow_ring, num_threads);
@@ -106,20 +107,21 @@ struct Schedule {
       block[a] = max(whole[a], panel[a]);
     }
     // The ring of a slice has to fit: cut across the walk where that helps.
-    auto const ring = [&] {
-      return std::int64_t{longest_stream(first[0], panel[0], /*is_wide=*/false)} *
-             longest_stream(first[1], block[1], completes_stream) *
-             (longest_stream(first[2], block[2], completes_stream) + kMaxWordPadding);
+    auto const fits = [&] {
+      std::int64_t const rows = std::int64_t{longest_stream(first[0], panel[0], /*is_wide=*/false)} *
+                                longest_stream(first[1], block[1], completes_stream);
+      int const row = longest_stream(first[2], block[2], completes_stream);
+      return rows * (row + kMaxWordPadding) <= max_packed && rows * row <= max_summed;
     };
-    while (ring() > max_packed && halve(block[1] > block[2] ? 1 : 2)) {
+    while (!fits() && halve(block[1] > block[2] ? 1 : 2)) {
     }
     // With what it is widened by, a block has whole tiles.
     for (int a = 1; a < kMaxRank && completes_stream; ++a) {
       int const before = block[a], more = longest_widened(first[a], before) - before;
       block[a] = round_up(before + more, panel[a]) - more;
-      if (ring() > max_packed) block[a] = before;
+      if (!fits()) block[a] = before;
     }
-    has_ring = allow_ring && ring() <= max_packed && tokens(block) >= min(kMinBlock, tokens(whole));
+    has_ring = allow_ring && fits() && tokens(block) >= min(kMinBlock, tokens(whole));
     if (!has_ring) {
       if (slides) return false;
       for (int a = 0; a < kMaxRank; ++a) block[a] = max(whole[a], panel[a]);
@@ -173,19 +175,19 @@ struct Schedule {
   bool can_complete_stream(Problem const& problem) const {
     double widening = 1;
     for (int a = 0; a < kMaxRank; ++a) {
-      double tokens = 0, with_others = 0;
+      double uncut = 0, cut = 0;  // lanes: what is widened may have tiles that are not full
       for (int g = 0; g < groups[a]; ++g) {
         Group const group = problem.axes[a].group(g);
         bool is_streamed = true;
         for_each_block(group, block[a], [&](Interval of_block) {
           Interval const wide = widened(group, of_block), share = share_of_stream(group, of_block);
           is_streamed = is_streamed && (share.empty() || stream_of(group, side, wide).contains(share));
-          tokens += of_block.size();
-          with_others += wide.size();
+          cut += round_up(wide.size(), panel[a]);
         });
+        uncut += round_up(tile_side(group, side).size(), panel[a]);
         if (!is_streamed || tile_side(group, side).empty()) return false;
       }
-      widening *= with_others / tokens;
+      widening *= cut / uncut;
     }
     return widening <= kMaxWidening;
   }
