@@ -332,3 +332,19 @@ def test_ops_check_shapes_before_they_read():
         torch.ops.natten.backward(
             x, x, x, None, None, None, x, x[..., 0], x[:, :7], None, axes, 1.0, "auto"
         )
+
+
+def test_a_choice_is_of_its_kind_of_problem():
+    """Choices are remembered; what they depend on makes another one."""
+    small, large = (
+        torch.randn(1, 8, 1, 16),
+        torch.randn(1, 8, 1, 520),
+    )  # more than the fused kernels take
+    for x in (small, large):  # by "fna", and by "naive"
+        assert natten.na1d(x, x, x, 3).shape == x.shape
+    with pytest.raises(NotImplementedError, match="head dims up to"):
+        natten.na1d(large, large, large, 3, backend="fna")
+    natten.na1d(small, small, small, 3, backend="flex")
+    leaf = small.clone().requires_grad_()
+    with pytest.raises(NotImplementedError, match="flex"):
+        natten.na1d(leaf, leaf, leaf, 3, backend="flex")
